@@ -1,0 +1,215 @@
+"""Data sets as one uint8 image tensor with labels, loaded whole and cached; batches by index, no worker processes."""
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common import worlds
+from common.run import UserError, write_whole
+
+CACHE = Path("data") / "cache"  # of drawn sets; a real set's cache lies beside its folder
+
+
+@dataclass
+class LabelledScenes:
+    """i-CLEVR, or the drawn scenes that stand in for it."""
+    name: str  # "i-CLEVR" or "drawn scenes": part of every title
+    images: torch.Tensor  # uint8 [N, 3, H, W]
+    labels: torch.Tensor  # int64 [N, 3], object ids in ascending order, padded with len(classes)
+    scene: torch.Tensor  # int64 [N]; the frames of a scene share objects: split by this, never by image
+    classes: tuple[str, ...]  # "gray cube", …: 8·shape + colour
+    tests: dict[str, torch.Tensor]  # "test", "new_test": int64 [32, 3]
+    digest: str  # names the pixels and labels
+
+    def held_out(self, share: float = 0.1) -> torch.Tensor:
+        """bool [N]: True for the images of a fixed tenth of the scenes, which no judge is trained on."""
+        scenes = self.scene.unique()
+        order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0))
+        return torch.isin(self.scene, scenes[order[: max(1, round(share * len(scenes)))]])
+
+
+def load_iclevr(source: str, image_size: int = 64, n_scenes: int = 6003) -> LabelledScenes:
+    """i-CLEVR from the folder `source`, or n_scenes drawn scenes where it is "drawn".
+
+    The folder holds images/ (or iclevr/, image/) with PNGs of any size, train.json, test.json, new_test.json and
+    objects.json. Images are resized to a square as the course does, not cropped. Raises UserError for what is
+    missing or malformed.
+    """
+    if source == "drawn":
+        return _drawn_scenes(image_size, n_scenes)
+    folder = Path(source)
+    objects, train, tests = _read_iclevr_lists(folder)
+    pictures = next((folder / d for d in ("images", "iclevr", "image") if (folder / d).is_dir()), None)
+    if pictures is None:
+        raise UserError(f"{folder} has no images/ (or iclevr/, image/): put the PNGs that train.json names there")
+    names = sorted(train)
+    images, pixels = load_images(pictures, names, image_size)
+    labels = torch.tensor([train[name] for name in names])
+    numbers = {key: i for i, key in enumerate(dict.fromkeys(name.rsplit("_", 1)[0] for name in names))}
+    scene = torch.tensor([numbers[name.rsplit("_", 1)[0]] for name in names])
+    digest = hashlib.sha1(pixels.encode() + labels.numpy().tobytes()).hexdigest()[:12]
+    return LabelledScenes("i-CLEVR", images, labels, scene, tuple(objects), tests, digest)
+
+
+def pick_source(data: str, real: str) -> str:
+    """Resolve --data: "auto" is the real set's folder where it exists, else "drawn", said aloud."""
+    if data != "auto":
+        return data
+    if Path(real).is_dir():
+        return real
+    print(f"*** {real} is not there: using DRAWN stand-ins (--data PATH names the real set) ***")
+    return "drawn"
+
+
+def _read_iclevr_lists(folder: Path) -> tuple[list[str], dict[str, list[int]], dict[str, torch.Tensor]]:
+    """Class names by id, {file name: three ids} of train.json, and the two test lists."""
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: there is no such folder. It should hold images/, train.json, test.json, "
+                        "new_test.json and objects.json; --data drawn needs none")
+
+    def read(name: str):
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is not there: i-CLEVR is images/, train.json, test.json, new_test.json "
+                            "and objects.json in one folder")
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
+
+    ids = read("objects.json")
+    if not isinstance(ids, dict) or sorted(ids.values(), key=str) != sorted(range(len(worlds.OBJECTS)), key=str):
+        raise UserError(f"{folder}/objects.json should give {len(worlds.OBJECTS)} object names the ids 0 to "
+                        f"{len(worlds.OBJECTS) - 1}, as {{\"gray cube\": 0, …}}")
+    train = read("train.json")
+    if not isinstance(train, dict) or not train:
+        raise UserError(f"{folder}/train.json should be a filled {{\"file.png\": [\"red cube\", …]}}")
+    tests = {}
+    for name in ("test", "new_test"):
+        sets = read(f"{name}.json")
+        if not isinstance(sets, list) or not sets:
+            raise UserError(f"{folder}/{name}.json should be a filled list of object lists, as [[\"red cube\"], …]")
+        tests[name] = torch.tensor([_pad_ids(s, ids, f"{folder}/{name}.json, set {i}") for i, s in enumerate(sets)])
+    train = {name: _pad_ids(objects, ids, f"{folder}/train.json, {name}") for name, objects in train.items()}
+    return sorted(ids, key=ids.get), train, tests
+
+
+def _pad_ids(objects: list[str], ids: dict[str, int], where: str) -> list[int]:
+    """Sorted ids of the objects named, padded with the null id to three."""
+    if not isinstance(objects, list) or not 1 <= len(objects) <= worlds.MAX_OBJECTS:
+        raise UserError(f"{where}: should name 1 to {worlds.MAX_OBJECTS} objects, has {objects}")
+    unknown = [o for o in objects if not isinstance(o, str) or o not in ids]
+    if unknown:
+        raise UserError(f"{where}: unknown object {unknown[0]!r}; objects.json has {', '.join(list(ids)[:3])}, …")
+    return sorted(ids[o] for o in objects) + [worlds.NULL] * (worlds.MAX_OBJECTS - len(objects))
+
+
+def _drawn_scenes(image_size: int, n_scenes: int) -> LabelledScenes:
+    code = hashlib.sha1(Path(worlds.__file__).read_bytes()).hexdigest()  # drawn anew when the renderer changes
+
+    def draw() -> dict:
+        print(f"drawing {n_scenes} scenes of 3 frames at {image_size}×{image_size} …", flush=True)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        images, labels, scene = worlds.scenes(n_scenes, image_size, seed=0, device=device)
+        return {"images": images, "labels": labels, "scene": scene}
+
+    d = cached(CACHE / f"scenes-{image_size}-{n_scenes}.pt", code, draw)
+    lists = json.loads(Path(__file__).with_name("iclevr_tests.json").read_text())
+    ids = {name: i for i, name in enumerate(worlds.OBJECTS)}
+    tests = {name: torch.tensor([_pad_ids(s, ids, name) for s in sets]) for name, sets in lists.items()}
+    return LabelledScenes("drawn scenes", d["images"], d["labels"], d["scene"], worlds.OBJECTS, tests, d["digest"])
+
+
+# ----------------------------------------------------------------------------------------- decoding and caching
+
+def load_images(folder: Path, names: Iterable[str], image_size: int) -> tuple[torch.Tensor, str]:
+    """The named images as RGB, resized to a square: uint8 [N, 3, size, size], and a digest of the pixels.
+
+    Decoded once and cached beside the folder, until a file in it changes. Raises UserError for a missing or
+    unreadable image.
+    """
+    names = list(names)
+    stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
+    missing = [name for name in names if name not in stats]
+    if missing:
+        raise UserError(f"{folder / missing[0]} is not there ({len(missing)} of {len(names)} images are missing): "
+                        "unpack the set again, or take them out of the list that names them")
+    key = hashlib.sha1(repr([(n, stats[n].st_size, stats[n].st_mtime_ns) for n in names]).encode()).hexdigest()
+
+    def decode() -> dict:
+        print(f"decoding {len(names)} images of {folder} …", flush=True)
+        pixels = np.empty((len(names), image_size, image_size, 3), np.uint8)
+
+        def one(i: int) -> None:
+            try:
+                with Image.open(folder / names[i]) as image:
+                    image = image.convert("RGB")
+            except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
+                raise UserError(f"{folder / names[i]} can't be read as an image ({error}): replace it") from None
+            if image.size != (image_size, image_size):
+                image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+            pixels[i] = image
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(one, range(len(names))))
+        return {"images": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()}
+
+    d = cached(folder.parent / f".{folder.name}-{image_size}.cache.pt", key, decode)
+    return d["images"], d["digest"]
+
+
+def cached(path: Path, key: str, make: Callable[[], dict]) -> dict:
+    """make()'s tensors with a "digest" of the images, from `path` where it holds them for the same key."""
+    if path.is_file():
+        try:
+            stored = torch.load(path, weights_only=True)
+            if stored["key"] == key:
+                return stored
+        except Exception:  # a damaged cache is only rebuilt
+            pass
+    made = make()
+    made |= {"key": key, "digest": hashlib.sha1(made["images"].numpy().tobytes()).hexdigest()[:12]}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda p: torch.save(made, p))
+    except OSError as error:
+        print(f"no cache written: {error}")
+    return made
+
+
+class Batches:
+    """Shuffled batches of a data set, without replacement within an epoch, as a pure function of seed and step.
+
+    The tensors live on `device` where they take at most half of its free memory, else in pinned memory.
+    """
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int, device: torch.device):
+        self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.per_epoch = len(images) // batch_size
+        if not self.per_epoch:
+            raise UserError(f"--batch-size {batch_size} is more than the {len(images)} training images")
+        self.images, self.labels, self.epoch = images, labels, -1
+        if device.type == "cuda":
+            fits = images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+            self.images = images.to(device) if fits else images.pin_memory()
+            self.labels = labels.to(self.images.device)
+
+    def __call__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Batch `number` (0, 1, …): images uint8 [B, 3, H, W] and labels int64 [B, …], on the device."""
+        epoch, at = divmod(number, self.per_epoch)
+        if epoch != self.epoch:
+            g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.order, self.epoch = torch.randperm(len(self.images), generator=g).to(self.images.device), epoch
+        index = self.order[at * self.batch_size:(at + 1) * self.batch_size]
+        images, labels = self.images[index], self.labels[index]
+        if images.device != self.device:
+            images = images.pin_memory().to(self.device, non_blocking=True)
+            labels = labels.pin_memory().to(self.device, non_blocking=True)
+        return images, labels

@@ -1,0 +1,206 @@
+"""Drawn stand-ins for the real data sets: rendered here, with known factors, so that nothing has to be downloaded.
+
+`scenes` renders what i-CLEVR shows: spheres, cubes and cylinders in eight colours on a lit grey floor.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+SHAPES = ("cube", "sphere", "cylinder")
+COLOURS = {  # sRGB, as in CLEVR's properties.json (Johnson et al. 2017)
+    "gray": (87, 87, 87), "red": (173, 35, 35), "blue": (42, 75, 215), "green": (29, 105, 20),
+    "brown": (129, 74, 25), "purple": (129, 38, 192), "cyan": (41, 208, 208), "yellow": (255, 238, 51),
+}
+OBJECTS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)  # class id = 8·shape + colour
+MAX_OBJECTS = 3
+NULL = len(OBJECTS)  # pads the labels of images with fewer than three objects
+
+# The stage, in CLEVR's units: objects stand at x, y in [-3, 3] on the floor z = 0; a square seen corner-on.
+CAMERA, TARGET = (7.48, -6.51, 5.34), (0.0, 0.0, 0.05)
+TAN_X, TAN_Y = 16 / 35, 12 / 35  # half the field of view: a 35 mm lens on a 32×24 mm film, squashed to a square
+SIZE = {"cube": 0.58, "sphere": 0.64, "cylinder": 0.59}  # half an edge, or the radius
+CYLINDER_HALF_HEIGHT = 0.58
+REACH = 3.0  # objects stand within ± this
+GAP = 0.25  # at least this much floor between two objects
+PATCH = 0.5  # side of the square drawn around an object, as a share of the image
+
+# Three wide lamps. Position, colour (linear), strength; each position is jittered scene by scene.
+LAMPS = (
+    ((6.6, -3.2, 4.0), (1.00, 0.92, 0.80), 4.6),  # key: warm, from the right of the camera
+    ((-3.6, -4.6, 2.6), (0.90, 0.95, 1.12), 0.75),  # fill: cool, from the left
+    ((-1.2, 2.4, 5.6), (1.00, 1.00, 1.00), 2.2),  # back: neutral, from behind
+)
+LAMP_JITTER, LAMP_RADIUS = 0.8, 1.5
+AMBIENT = 0.139  # the floor far from every lamp, linear
+SHADOW = 0.6  # what a lamp out of sight loses: the rest comes back from around
+SHADOW_SAMPLES = 4  # points on each lamp; the sky has as many
+
+
+def scenes(n: int, image_size: int = 64, seed: int = 0, device: str | torch.device = "cpu",
+           batch: int = 48) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Render n scenes of three nested frames: frame k shows the scene's first k + 1 objects.
+
+    Returns images uint8 [3n, 3, image_size, image_size], labels int64 [3n, 3] (object ids in ascending order,
+    padded with NULL) and scene numbers int64 [3n]. One seed gives the same pixels for any `batch`.
+    """
+    factors = _draw_factors(n, seed)
+    images = torch.empty(n, 3, 3, image_size, image_size, dtype=torch.uint8)
+    for i in range(0, n, batch):
+        part = {name: value[i:i + batch].to(device) for name, value in factors.items()}
+        # the grain of a scene depends on its own number alone
+        grain = torch.stack([torch.randn(3, image_size, image_size, generator=torch.Generator().manual_seed(s))
+                             for s in factors["seed"][i:i + batch].tolist()])
+        images[i:i + batch] = _render(part, grain.to(device), image_size).cpu()
+    shown = torch.arange(3)[:, None] >= torch.arange(3)  # [frame, object]
+    labels = torch.where(shown, factors["object"][:, None, :], NULL).sort(2).values
+    return images.flatten(0, 1), labels.flatten(0, 1), torch.arange(n).repeat_interleave(3)
+
+
+def _draw_factors(n: int, seed: int) -> dict[str, torch.Tensor]:
+    """What tells one scene from another: three different objects, where they stand and turn, and the lamps."""
+    g = torch.Generator().manual_seed(seed)
+    objects = torch.rand(n, len(OBJECTS), generator=g).argsort(1)[:, :MAX_OBJECTS]
+    # the first object stands in the middle; whoever stands too close to an earlier one is drawn again
+    place = torch.zeros(n, MAX_OBJECTS, 2)
+    radius = torch.tensor([SIZE["cube"] * math.sqrt(2), SIZE["sphere"], SIZE["cylinder"]])[objects // len(COLOURS)]
+    for k in range(1, MAX_OBJECTS):
+        todo = torch.ones(n, dtype=torch.bool)
+        while todo.any():
+            place[todo, k] = (torch.rand(n, 2, generator=g)[todo] * 2 - 1) * REACH
+            apart = (place[:, :k] - place[:, k:k + 1]).norm(dim=2) - radius[:, :k] - radius[:, k:k + 1]
+            todo = (apart < GAP).any(1)
+    return {
+        "object": objects, "place": place, "turn": torch.rand(n, MAX_OBJECTS, generator=g) * math.pi / 2,
+        "lamps": torch.tensor([lamp[0] for lamp in LAMPS])
+        + LAMP_JITTER * (torch.rand(n, len(LAMPS), 3, generator=g) * 2 - 1),
+        "seed": torch.randint(2**62, (n,), generator=g),
+    }
+
+
+def _intersect(shape: str, o: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where rays o + t·d [..., 3] enter a convex body standing around the origin.
+
+    Each body is an intersection of slabs, an endless cylinder or a ball, and a ray's stay in it the intersection
+    of its stays in those. Returns t of entry [...], hit [...] and the surface normal there [..., 3].
+    """
+    r = SIZE[shape]
+    if shape == "cube":
+        inv = 1 / d
+        near, far = -o * inv - r * inv.abs(), -o * inv + r * inv.abs()
+        enter, axis = near.max(-1)
+        normal = -F.one_hot(axis, 3) * d.sign()
+        return enter, (enter < far.amin(-1)) & (enter > 0), normal
+    k = 3 if shape == "sphere" else 2  # a cylinder is a ball in x and y alone
+    a, b, c = d[..., :k].square().sum(-1), (o[..., :k] * d[..., :k]).sum(-1), o[..., :k].square().sum(-1) - r * r
+    root = (b * b - a * c)
+    met, root = root > 0, root.clamp(min=0).sqrt()
+    enter, leave = (-b - root) / a, (-b + root) / a
+    normal = torch.cat([(o + enter[..., None] * d)[..., :k] / r, o.new_zeros(*d.shape[:-1], 3 - k)], -1)
+    if shape == "cylinder":
+        inv = 1 / d[..., 2]
+        near, far = -o[..., 2] * inv - CYLINDER_HALF_HEIGHT * inv.abs(), -o[..., 2] * inv + CYLINDER_HALF_HEIGHT * inv.abs()
+        cap = (near > enter)[..., None]
+        normal = torch.where(cap, -d.sign() * d.new_tensor([0, 0, 1]), normal)
+        enter, leave = enter.maximum(near), leave.minimum(far)
+    return enter, met & (enter < leave) & (enter > 0), normal
+
+
+def _camera(image_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Position [3], axes (right, down, forward) [3, 3], and a ray through each pixel centre [size, size, 3]."""
+    eye = torch.tensor(CAMERA, device=device)
+    forward = F.normalize(torch.tensor(TARGET, device=device) - eye, dim=0)
+    right = F.normalize(torch.linalg.cross(forward, eye.new_tensor([0, 0, 1.0])), dim=0)
+    axes = torch.stack([right, torch.linalg.cross(forward, right), forward])
+    at = (torch.arange(image_size, device=device) + 0.5) / image_size * 2 - 1
+    film = torch.stack([at[None, :].expand(image_size, -1) * TAN_X, at[:, None].expand(-1, image_size) * TAN_Y,
+                        torch.ones(image_size, image_size, device=device)], -1)
+    return eye, axes, film @ axes
+
+
+def _render(f: dict[str, torch.Tensor], grain: torch.Tensor, size: int) -> torch.Tensor:
+    """Frames of a batch of scenes, uint8 [n, 3 frames, 3, size, size]."""
+    n, device, fine = len(f["place"]), grain.device, 2  # objects get fine × fine rays a pixel
+    eye, axes, rays = _camera(size, device)
+    _, _, fine_rays = _camera(size * fine, device)
+    floor = eye + rays * (-eye[2] / rays[..., 2:])  # every ray points down: [size, size, 3]
+
+    # a square patch of pixels around each object's centre: its rows and columns [3n, patch]
+    shape, place, turn = (f["object"] // len(COLOURS)).flatten(), f["place"].flatten(0, 1), f["turn"].flatten()
+    half_height = torch.tensor([SIZE["cube"], SIZE["sphere"], CYLINDER_HALF_HEIGHT], device=device)[shape]
+    centre = torch.cat([place, half_height[:, None]], 1)
+    seen = (centre - eye) @ axes.T
+    patch = int(size * PATCH)
+
+    def span(x: torch.Tensor, scale: int) -> torch.Tensor:
+        start = ((x + 1) / 2 * size - patch / 2).round().clamp(0, size - patch).long() * scale
+        return start[:, None] + torch.arange(patch * scale, device=device)
+
+    x, y = seen[:, 0] / seen[:, 2] / TAN_X, seen[:, 1] / seen[:, 2] / TAN_Y
+    rows, cols = span(y, 1), span(x, 1)
+    fine_rows, fine_cols = span(y, fine), span(x, fine)
+
+    # light: from lamps (points on a disc-like cloud around each) and, for the shade under things, from the sky
+    cloud = F.normalize(torch.randn(SHADOW_SAMPLES, 3, generator=torch.Generator().manual_seed(0)), dim=1) * LAMP_RADIUS
+    lamp_points = f["lamps"][:, :, None] + cloud.to(device)  # [n, lamps, samples, 3]
+    up = torch.arange(SHADOW_SAMPLES, device=device) * (2 * math.pi / SHADOW_SAMPLES) + 0.4
+    sky = 50 * torch.stack([up.cos(), up.sin(), torch.full_like(up, 1.0)], 1)
+    points = torch.cat([lamp_points, sky.expand(n, 1, -1, -1)], 1)  # [n, lights, samples, 3]
+    points = points.repeat_interleave(MAX_OBJECTS, 0)
+    tint = torch.tensor([lamp[1] for lamp in LAMPS], device=device) * torch.tensor([[lamp[2]] for lamp in LAMPS], device=device)
+
+    shade = torch.zeros(MAX_OBJECTS * n, len(LAMPS) + 1, size, size, device=device)  # share of a light kept away
+    paint = torch.zeros(MAX_OBJECTS * n, 4, size, size, device=device)  # colour × cover, cover
+    albedo = (torch.tensor(list(COLOURS.values()), device=device) / 255) ** 1.32  # flatter than sRGB: fits CLEVR's tone
+    for s, name in enumerate(SHAPES):
+        mine = (shape == s).nonzero()[:, 0]
+        if not len(mine):
+            continue
+        cos, sin = turn[mine].cos(), turn[mine].sin()
+        zero, one = torch.zeros_like(cos), torch.ones_like(cos)
+        spin = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], 1).view(-1, 1, 1, 3, 3)  # v @ spin
+
+        # the object itself, and how its surface is lit
+        d = fine_rays[fine_rows[mine, :, None], fine_cols[mine, None, :]]
+        o = (eye - centre[mine])[:, None, None]
+        t, hit, normal = _intersect(name, (o @ spin[:, :, 0]), (d[..., None, :] @ spin)[..., 0, :])
+        normal = (spin @ normal[..., None])[..., 0]
+        surface = eye + t[..., None] * d
+        light = torch.full_like(surface, AMBIENT)
+        scene = mine // MAX_OBJECTS
+        for k in range(len(LAMPS)):
+            to = f["lamps"][scene, k][:, None, None] - surface
+            far = to.norm(dim=-1, keepdim=True)
+            light = light + tint[k] * (normal * to).sum(-1, keepdim=True).clamp(min=0) / far**3
+        colour = light * (albedo[f["object"].flatten()[mine] % len(COLOURS)][:, None, None] * 1.25 + 0.10)
+        drawn = torch.cat([colour, torch.ones_like(t)[..., None]], -1) * hit[..., None]
+        drawn = F.avg_pool2d(drawn.permute(0, 3, 1, 2), fine)
+        paint[mine[:, None, None], :, rows[mine, :, None], cols[mine, None, :]] = drawn.permute(0, 2, 3, 1)
+
+        # its shadow on the floor around it
+        ground = floor[rows[mine, :, None], cols[mine, None, :]]  # [m, patch, patch, 3]
+        o = ((ground - centre[mine][:, None, None])[..., None, :] @ spin)[..., 0, :]
+        for k in range(len(LAMPS) + 1):
+            dark = torch.zeros(o.shape[:-1], device=device)
+            for j in range(SHADOW_SAMPLES):
+                d = ((points[mine, k, j][:, None, None] - ground)[..., None, :] @ spin)[..., 0, :]
+                dark += _intersect(name, o, d)[1]
+            shade[mine[:, None, None], k, rows[mine, :, None], cols[mine, None, :]] = dark * (SHADOW / SHADOW_SAMPLES)
+
+    # frame by frame: the floor under what light is left, then the objects from the farthest to the nearest
+    shade, paint = shade.view(n, MAX_OBJECTS, -1, size, size), paint.view(n, MAX_OBJECTS, 4, size, size)
+    to = f["lamps"][:, :, None, None] - floor
+    lit = to[..., 2] / to.norm(dim=-1) ** 3  # [n, lamps, size, size]
+    order = seen[:, 2].view(n, MAX_OBJECTS).argsort(1, descending=True)
+    frames = []
+    left = torch.ones(n, len(LAMPS) + 1, size, size, device=device)
+    for frame in range(MAX_OBJECTS):
+        left = left * (1 - shade[:, frame])
+        image = AMBIENT * left[:, -1:] + torch.einsum("nlhw,lc->nchw", lit * left[:, :-1], tint)
+        for k in range(MAX_OBJECTS):
+            which = order[:, k]
+            over = paint[torch.arange(n, device=device), which] * (which <= frame).view(-1, 1, 1, 1)
+            image = image * (1 - over[:, 3:]) + over[:, :3]
+        frames.append(image)
+    image = torch.stack(frames, 1).clamp(0, 1) ** (1 / 2.2) * 255
+    return (image + 1.4 * grain[:, None]).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,352 @@
+"""SNGAN with projection discriminator on i-CLEVR: images of 1 to 3 asked-for objects (Miyato et al. 2018; Miyato & Koyama 2018).
+
+    python sngan_iclevr.py --quick                          # minutes on two CPU cores, drawn scenes if there are no real ones
+    python sngan_iclevr.py --iters 30000                    # the full job, one GPU
+    python sngan_iclevr.py --resume runs/sngan_iclevr       # go on with it; --sample and --eval take a run as well
+
+RESULTS
+"""
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import evaluator
+from common import losses, run
+from common.blocks import DownBlock, SetEmbedding, UpBlock, init_xavier, normed_once
+from common.datasets import Batches, LabelledScenes, load_iclevr, pick_source
+
+
+@dataclass
+class Config:
+    iters: int = 30_000  # iterations; one is n_dis steps of D and one of G
+    batch_size: int = 64  # images a step
+    lr_g: float = 3e-4  # Adam's rate for G
+    lr_d: float = 1e-4  # Adam's rate for D
+    n_dis: int = 4  # D steps before each G step
+    z_dim: int = 128  # dimensions of the latent z ~ N(0, I)
+    ch: int = 64  # width: feature maps of the layers nearest the image
+    image_size: Literal[32, 64, 128] = 64  # height and width of the images
+    ema: float = 0.999  # decay of the averaged G that is sampled and scored; 0: G itself
+    data: str = "auto"  # auto (data/iclevr if it is there, else drawn), drawn, or the folder of i-CLEVR
+    n_scenes: int = 6003  # drawn scenes, of three images each
+    out: str = ""  # folder of the run; empty: runs/sngan_iclevr
+    seed: int = 0  # of weights, noise and the order of batches
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the networks
+    deterministic: bool = False  # the same bits on every CUDA run, a little slower
+    log_every: int = 100  # iterations between rows of metrics.csv
+    sample_every: int = 500  # iterations between pictures
+    eval_every: int = 1000  # iterations between scores; the best is kept as best.pt
+    save_every: int = 1000  # iterations between checkpoints
+    judge: str = "auto"  # auto (trained once and cached), none, or a checkpoint such as the course's
+    judge_width: int = 64  # width of the judge trained by auto; 64 is ResNet-18
+    judge_steps: int = 5000  # its training steps, of 32 images each
+    eval_draws: int = 10  # draws of z that a score is the mean of
+    # the method, and the tricks of the write-up
+    label_embed: Literal["linear", "sum"] = "linear"  # how D joins an image's label vectors
+    add_noise: bool = True  # add U(0, 1/128) to the images D sees
+    flip_labels: float = 0.0  # share of images that D is told the wrong kind of
+    relativistic: bool = False  # judge real and fake relative to each other's mean
+    lr_decay_from: int = 0  # iteration from which both rates fall linearly to 0 at the last; 0: never
+
+
+QUICK = dict(iters=1000, batch_size=32, n_dis=2, ch=16, image_size=32, lr_d=3e-4, lr_g=5e-4, ema=0.99, n_scenes=2000,
+             judge_width=16, judge_steps=1500, log_every=50, sample_every=100, eval_every=250, save_every=250)
+
+
+# ----------------------------------------------------------------------------------------------------- networks
+
+class Generator(nn.Module):
+    """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; the labels enter every block's batch norms."""
+
+    def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int):
+        super().__init__()
+        n_blocks = (image_size // 4).bit_length() - 1  # 4×4 doubled until it is the image
+        widths = [min(2**k, 16) * ch for k in range(n_blocks, -1, -1)]  # at 64: 16, 8, 4, 2, 1 times ch
+        self.first = init_xavier(nn.Linear(z_dim, widths[0] * 4 * 4))
+        self.blocks = nn.ModuleList(UpBlock(i, o, n_classes) for i, o in zip(widths, widths[1:]))
+        self.norm = nn.BatchNorm2d(ch)
+        self.last = init_xavier(nn.Conv2d(ch, 3, 1))
+
+    def forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        h = self.first(z).view(len(z), -1, 4, 4)  # [B, 16·ch, 4, 4]
+        for block in self.blocks:
+            h = block(h, labels)  # [B, 8·ch, 8, 8], [B, 4·ch, 16, 16], [B, 2·ch, 32, 32], [B, ch, 64, 64]
+        return self.last(F.leaky_relu(self.norm(h))).tanh()
+
+
+class Discriminator(nn.Module):
+    """images [B, 3, S, S], labels [B, 3] → scores [B]: ψ(h) + ⟨embedding of the labels, h⟩ (Miyato & Koyama 2018, eq. 3).
+
+    Spectral norm on every layer but the one that joins the label vectors, as in the write-up.
+    """
+
+    def __init__(self, n_classes: int, ch: int, image_size: int, label_embed: str):
+        super().__init__()
+        n_blocks = (image_size // 4).bit_length() - 1
+        widths = [min(2**k, 16) * ch for k in range(n_blocks + 1)]
+        self.blocks = nn.Sequential(DownBlock(3, ch, first=True),
+                                    *(DownBlock(i, o) for i, o in zip(widths, widths[1:])))
+        self.linear = spectral_norm(init_xavier(nn.Linear(widths[-1], 1)))
+        embed = init_xavier(nn.Embedding(n_classes + 1, widths[-1], padding_idx=n_classes))
+        nn.init.zeros_(embed.weight[n_classes])  # the null class: a zero vector, and no gradient
+        self.embed = spectral_norm(embed)
+        # no bias: a null label adds exactly zero to the score either way
+        self.join = init_xavier(nn.Linear(3 * widths[-1], widths[-1], bias=False)) if label_embed == "linear" else None
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        h = F.leaky_relu(self.blocks(x)).sum((2, 3))  # [B, 16·ch, S/32, S/32] summed over space → [B, 16·ch]
+        y = self.embed(labels)  # [B, 3, 16·ch]
+        y = self.join(y.flatten(1)) if self.join is not None else y.sum(1)  # [B, 16·ch]
+        return self.linear(h)[:, 0] + (y * h).sum(1)
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+def build(cfg: Config, n_classes: int, device: torch.device) -> tuple[Generator, Discriminator, Generator]:
+    """G, D and the averaged copy of G, freshly initialised from the global random state."""
+    G = Generator(n_classes, cfg.z_dim, cfg.ch, cfg.image_size)
+    D = Discriminator(n_classes, cfg.ch, cfg.image_size, cfg.label_embed)
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
+    return G, D, copy.deepcopy(G).eval().requires_grad_(False)
+
+
+def train(cfg: Config, resume: Path | None = None) -> int:
+    """Train, score, and leave everything in the run's folder; returns the exit status."""
+    # ---- data, judge, networks, optimisers
+    device = run.pick_device(cfg.device)
+    if cfg.deterministic:
+        run.set_deterministic()
+    cfg.data = pick_source(cfg.data, "data/iclevr")
+    data = load_iclevr(cfg.data, cfg.image_size, cfg.n_scenes)
+    batches = Batches(data.images, data.labels, cfg.batch_size, cfg.seed, device)
+    if resume is None and cfg.out:
+        run.free_folder(cfg.out, "")  # ends here where it exists, not after the judge's training
+    judge = evaluator.get_judge(cfg.judge, data, cfg.judge_width, cfg.judge_steps, device)
+
+    torch.manual_seed(cfg.seed)
+    G, D, ema = build(cfg, len(data.classes), device)
+    adam = dict(betas=(0.5, 0.999), fused=True, capturable=device.type == "cuda")
+    opt_g = torch.optim.Adam(G.parameters(), torch.tensor(cfg.lr_g, device=device), **adam)
+    opt_d = torch.optim.Adam(D.parameters(), torch.tensor(cfg.lr_d, device=device), **adam)
+    ema_weight = torch.tensor(1.0, device=device)  # the new G's share in the average
+    names = ("d_loss", "g_loss", "d_real", "d_fake")
+    sums, start, best = torch.zeros(len(names), device=device), 0, -1.0  # sums of those since the last log
+
+    # ---- resume
+    if resume is not None and (resume / "last.pt").exists():
+        state = run.load_checkpoint(resume / "last.pt", device)
+        if state["data"] != data.digest:
+            raise run.UserError(f"{cfg.data} no longer holds the images that {resume} was trained on: bring them back")
+        for name, thing in (("G", G), ("D", D), ("ema", ema), ("opt_g", opt_g), ("opt_d", opt_d)):
+            thing.load_state_dict(state[name])
+        start, best, sums = state["step"], state["best"], state["sums"]
+        run.set_rng_state(state["rng"], device)
+
+    # ---- one iteration: n_dis steps of D, one of G, the average. Static tensors, nothing read back by the host
+    averaged = list(zip(ema.state_dict().values(), G.state_dict().values()))  # batch norm's statistics too
+
+    def to_d(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x) / 128 if cfg.add_noise else x
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+    def d_step(images: torch.Tensor, labels: torch.Tensor) -> None:
+        real, n = images.float() / 127.5 - 1, len(images)
+        z = torch.randn(n, cfg.z_dim, device=device)
+        flip = torch.rand(2, n, device=device) < cfg.flip_labels if cfg.flip_labels else None
+        with normed_once(D), autocast():
+            with torch.no_grad():
+                fake = G(z, labels)
+            # D has no batch norm, so real and fake share one pass
+            score_real, score_fake = D(to_d(torch.cat([real, fake])), labels.repeat(2, 1)).float().chunk(2)
+        real_fake = losses.relativistic(score_real, score_fake) if cfg.relativistic else (score_real, score_fake)
+        d_loss = losses.hinge_d(*real_fake, flip)
+        opt_d.zero_grad()
+        d_loss.backward()
+        opt_d.step()
+        seen = torch.stack([d_loss, torch.zeros_like(d_loss), score_real.mean(), score_fake.mean()])
+        sums.add_(seen.detach(), alpha=1 / cfg.n_dis)
+
+    def g_step(images: torch.Tensor, labels: torch.Tensor) -> None:
+        z = torch.randn(len(labels), cfg.z_dim, device=device)
+        D.requires_grad_(False)
+        with normed_once(D), autocast():
+            score = D(to_d(G(z, labels)), labels).float()
+            if cfg.relativistic:
+                score_real = D(to_d(images.float() / 127.5 - 1), labels).float()
+                # real and fake change places (section 4.2.1)
+                g_loss = losses.hinge_d(*losses.relativistic(score_real, score)[::-1])
+            else:
+                g_loss = losses.hinge_g(score)
+        D.requires_grad_(True)
+        opt_g.zero_grad()
+        g_loss.backward()
+        opt_g.step()
+        sums[1] += g_loss.detach()
+
+    def iteration(chunk: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for images, labels in chunk:
+            d_step(images, labels)
+        g_step(*chunk[-1])
+        with torch.no_grad():
+            for average, new in averaged:
+                average.lerp_(new, ema_weight) if new.is_floating_point() else average.copy_(new)
+
+    # ---- what is written along the way
+    title = f"sngan_iclevr on {data.name}, ch {cfg.ch}, seed {cfg.seed}"
+    fixed = torch.randn(len(data.tests["test"]), cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
+    scored = {"val": choice_sets(data), **data.tests}  # best.pt is chosen on "val": sets of the training labels
+
+    def save(name: str, step: int) -> None:
+        run.save_checkpoint(folder.folder / name, dict(
+            step=step, best=best, sums=sums, data=data.digest, rng=run.rng_state(device), config=vars(cfg),
+            G=G.state_dict(), D=D.state_dict(), ema=ema.state_dict(), opt_g=opt_g.state_dict(), opt_d=opt_d.state_dict()))
+
+    def score(net: Generator) -> dict[str, dict]:
+        return evaluator.score_sets(net, cfg.z_dim, judge, scored, cfg.eval_draws, cfg.seed, device)
+
+    def due(every: int, step: int) -> bool:
+        return bool(every) and (step % every == 0 or step == cfg.iters)
+
+    # ---- the loop
+    columns = [*names, *(f"accuracy_{name}" for name in scored)]
+    name = "sngan_iclevr" + ("-drawn" if cfg.data == "drawn" else "")
+    with run.Run(cfg, Path(__file__).name, name, resume, start, columns) as folder:
+        step, logged = start, start - (start % cfg.log_every if cfg.log_every else 0)
+        for step in range(start + 1, cfg.iters + 1):
+            if cfg.lr_decay_from and step > cfg.lr_decay_from:
+                left = (cfg.iters - step + 1) / (cfg.iters - cfg.lr_decay_from)
+                opt_g.param_groups[0]["lr"].fill_(cfg.lr_g * left)
+                opt_d.param_groups[0]["lr"].fill_(cfg.lr_d * left)
+            ema_weight.fill_(1 - min(cfg.ema, step / (step + 10)))  # the first steps are soon forgotten
+            iteration([batches((step - 1) * cfg.n_dis + k) for k in range(cfg.n_dis)])
+
+            stop = folder.signal is not None
+            if due(cfg.log_every, step):
+                means = dict(zip(names, (sums / (step - logged)).tolist()))
+                sums.zero_()
+                logged = step
+                folder.log(step, **means)
+                folder.status(step, **means)
+            if due(cfg.sample_every, step):
+                folder.picture(step, ema(fixed, data.tests["test"].to(device)), f"{title}, step {step}: test.json, one set each")
+            if judge and due(cfg.eval_every, step):
+                results = score(ema)
+                folder.log(step, **{f"accuracy_{k}": r["accuracy"][0] for k, r in results.items()})
+                if results["val"]["accuracy"][0] > best:
+                    best = results["val"]["accuracy"][0]
+                    save("best.pt", step)
+            if stop or due(cfg.save_every, step):
+                save("last.pt", step)
+            if stop:
+                break
+
+        # ---- the end
+        folder.draw_progress(title)
+        if folder.signal is not None:
+            print(f"\nstopped at step {step}; go on with: python {Path(__file__).name} --resume {folder.folder}")
+            return 128 + folder.signal
+        draw(cfg, ema, data, folder.folder, title)
+        print(f"{folder.folder}: {step} iterations, {folder.seconds:.0f} s")
+        if judge:
+            evaluate(cfg, data, judge, folder.folder, device)
+    return 0
+
+
+def choice_sets(data: LabelledScenes, n: int = 96) -> torch.Tensor:
+    """n label sets [n, 3] of the training images, a third each of one, two and three objects: to choose best.pt by.
+
+    Choosing by the test lists would tune to them.
+    """
+    g = torch.Generator().manual_seed(0)
+    count = (data.labels < len(data.classes)).sum(1)
+    return torch.cat([s[torch.randperm(len(s), generator=g)[: n // 3]] for s in
+                      (data.labels[count == k].unique(dim=0) for k in (1, 2, 3))])
+
+
+# ------------------------------------------------------------------------------------------- pictures and scores
+
+def load(cfg: Config, folder: Path, name: str, n_classes: int, device: torch.device) -> tuple[Generator, int]:
+    """The averaged G of a checkpoint and the step it is from."""
+    state = run.load_checkpoint(folder / name, device)
+    _, _, ema = build(cfg, n_classes, device)
+    ema.load_state_dict(state["ema"])
+    return ema, state["step"]
+
+
+@torch.no_grad()
+def draw(cfg: Config, ema: Generator, data: LabelledScenes, folder: Path, title: str) -> None:
+    """Grids: both test lists, real beside generated, every object alone, and ways from one z to another."""
+    device, g = next(ema.parameters()).device, torch.Generator().manual_seed(cfg.seed)
+
+    def make(labels: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+        z = torch.randn(len(labels), cfg.z_dim, generator=g) if z is None else z
+        return ema(z.to(device), labels.to(device)).cpu()
+
+    for name, labels in data.tests.items():
+        run.save_grid(folder / f"{name}.png", make(labels), f"{title}: {name}.json, one set each")
+
+    # four pairs of rows: real images, and under them generated ones with the same labels
+    index = torch.randint(len(data.images), (32,), generator=g)
+    real = data.images[index].float() / 127.5 - 1
+    rows = torch.stack([real.view(4, 8, *real.shape[1:]), make(data.labels[index]).view(4, 8, *real.shape[1:])], 1)
+    kind = "drawn" if cfg.data == "drawn" else "real"
+    run.save_grid(folder / "real_beside_generated.png", rows.flatten(0, 2),
+                  f"{title}: rows of {kind} images, under each the generated ones with the same labels")
+
+    null = len(data.classes)
+    alone = torch.tensor([[i, null, null] for i in range(null)])
+    run.save_grid(folder / "objects.png", make(alone, torch.randn(1, cfg.z_dim, generator=g).expand(null, -1)),
+                  f"{title}: each object alone, one z")
+
+    labels = data.tests["test"][torch.randperm(len(data.tests["test"]), generator=g)[:6]]
+    ends = torch.randn(2, 6, 1, cfg.z_dim, generator=g)
+    way = ends[0] + torch.linspace(0, 1, 8)[:, None] * (ends[1] - ends[0])  # [6, 8, z_dim]
+    run.save_grid(folder / "interpolation.png", make(labels.repeat_interleave(8, 0), way.flatten(0, 1)),
+                  f"{title}: from one z to another, labels fixed along a row")
+
+
+def evaluate(cfg: Config, data: LabelledScenes, judge: evaluator.Judge, folder: Path, device: torch.device) -> None:
+    """Score best.pt and last.pt on both test lists; print the table and write scores.json."""
+    scores = {"data": data.name, "judge": judge.title, "judge_held_out": judge.held_out, "draws": cfg.eval_draws,
+              "seed": cfg.seed}
+    for name in ("best", "last"):
+        if (folder / f"{name}.pt").exists():
+            ema, step = load(cfg, folder, f"{name}.pt", len(data.classes), device)
+            results = evaluator.score_sets(ema, cfg.z_dim, judge, data.tests, cfg.eval_draws, cfg.seed + 1, device)
+            scores[name] = {"step": step, **results}
+            evaluator.print_table(results, f"{name}.pt (step {step}) on {data.name}, {cfg.eval_draws} draws of z; "
+                                           f"judge: {judge.title}")
+    run.write_whole(folder / "scores.json", lambda p: p.write_text(json.dumps(scores, indent=1) + "\n"))
+
+
+def main() -> int:
+    action, cfg, folder = run.parse(Config, QUICK, __doc__)
+    if action in ("train", "resume"):
+        return train(cfg, folder)
+    device = run.pick_device(cfg.device)
+    data = load_iclevr(cfg.data, cfg.image_size, cfg.n_scenes)
+    name = "best.pt" if (folder / "best.pt").exists() else "last.pt"
+    ema, step = load(cfg, folder, name, len(data.classes), device)
+    if action == "sample":
+        draw(cfg, ema, data, folder, f"sngan_iclevr on {data.name}, ch {cfg.ch}, seed {cfg.seed}, step {step}")
+        print(f"wrote test.png, new_test.png, real_beside_generated.png, objects.png, interpolation.png to {folder}")
+        return 0
+    judge = evaluator.get_judge(cfg.judge, data, cfg.judge_width, cfg.judge_steps, device)
+    if judge is None:
+        raise run.UserError("--eval needs a judge: --judge auto, or the path of one")
+    evaluate(cfg, data, judge, folder, device)
+    return 0
+
+
+if __name__ == "__main__":
+    run.entry(main)

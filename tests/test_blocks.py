@@ -1,0 +1,206 @@
+"""Blocks and losses against torch's own layers or a formula written out."""
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import blocks, losses
+from sngan_iclevr import Config, Discriminator, Generator, build
+
+NULL = 24
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def randomise_norms(net: nn.Module) -> None:
+    """Batch norms and label tables away from their initial values, null rows kept."""
+    for module in net.modules():
+        if isinstance(module, blocks.ConditionalBatchNorm):
+            nn.init.normal_(module.gamma, 1, 0.3)
+            nn.init.normal_(module.beta, 0, 0.3)
+            for table in (module.gain, module.bias):
+                nn.init.normal_(table.weight[:NULL], 0, 0.5)
+
+
+def test_spectral_norm_reaches_one_on_every_layer_of_d_but_the_joining_one():
+    D = Discriminator(NULL, 4, 32, "linear")
+    weighted = {name: m for name, m in D.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))}
+    assert len(weighted) == 3 * 4 + 3  # four blocks of three convolutions; linear, embed, join
+    for _ in range(60):
+        with blocks.normed_once(D):
+            pass
+    for name, module in weighted.items():
+        norm = torch.linalg.matrix_norm(module.weight.flatten(1), 2).item()
+        if name == "join":
+            assert not nn.utils.parametrize.is_parametrized(module) and abs(norm - 1) > 1e-3
+        else:
+            assert norm == pytest.approx(1, abs=2e-3), name
+
+
+def test_initialisation_is_not_lost_under_spectral_norm():
+    block = blocks.DownBlock(16, 32)
+    for conv, gain in ((block.conv1, math.sqrt(2)), (block.conv2, math.sqrt(2)), (block.shortcut, 1.0)):
+        weight = conv.parametrizations.weight.original
+        fan = (weight.shape[0] + weight.shape[1]) * weight.shape[2] ** 2
+        bound = gain * math.sqrt(6 / fan)  # Glorot & Bengio 2010, eq. 16
+        assert 0.97 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        assert not conv.bias.any()
+
+
+def test_weights_are_normed_once_however_often_d_is_called():
+    D = Discriminator(NULL, 2, 32, "sum")
+    other = copy.deepcopy(D)
+    x, y = torch.randn(4, 3, 32, 32), torch.randint(25, (4, 3))
+    with blocks.normed_once(D):
+        twice = torch.cat([D(x[:2], y[:2]), D(x[2:], y[2:])])
+    with blocks.normed_once(other):
+        once = other(x, y)
+    torch.testing.assert_close(twice, once)
+    for a, b in zip(D.buffers(), other.buffers()):
+        assert torch.equal(a, b)
+    with blocks.normed_once(D):
+        pass
+    assert not all(torch.equal(a, b) for a, b in zip(D.buffers(), other.buffers()))
+
+
+def test_normed_once_lets_gradients_through():
+    D = Discriminator(NULL, 2, 32, "sum")
+    with blocks.normed_once(D):
+        D(torch.randn(2, 3, 32, 32), torch.randint(NULL, (2, 3))).sum().backward()
+    for name, p in D.named_parameters():
+        assert p.grad is not None and p.grad.any(), name
+
+
+def test_conditional_batch_norm_is_its_formula():
+    norm = blocks.ConditionalBatchNorm(5, NULL)
+    randomise_norms(norm)
+    x, ids = torch.randn(4, 5, 3, 3), torch.tensor([[1, 2, 3], [4, 5, NULL], [6, NULL, NULL], [NULL, NULL, NULL]])
+    out = norm(x, ids)
+    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
+    for b in range(4):
+        gain, bias = norm.gamma.clone(), norm.beta.clone()
+        for i in ids[b].tolist():
+            if i != NULL:
+                gain, bias = gain + norm.gain.weight[i], bias + norm.bias.weight[i]
+        expected = (x[b] - mean[0]) / (var[0] + 1e-5).sqrt() * gain[:, None, None] + bias[:, None, None]
+        torch.testing.assert_close(out[b], expected)
+    plain = nn.BatchNorm2d(5)
+    plain.load_state_dict({"weight": norm.gamma, "bias": norm.beta, "running_mean": torch.zeros(5),
+                           "running_var": torch.ones(5), "num_batches_tracked": torch.tensor(0)})
+    torch.testing.assert_close(out[3], plain(x)[3])
+
+
+def test_up_block_is_the_paper_s_order_of_layers():
+    block = blocks.UpBlock(6, 4, NULL)
+    randomise_norms(block)
+    x, ids = torch.randn(3, 6, 4, 4), torch.randint(25, (3, 3))
+    up = nn.Upsample(scale_factor=2)
+    h = block.conv1(up(F.leaky_relu(block.bn1(x, ids), 0.01)))
+    expected = block.conv2(F.leaky_relu(block.bn2(h, ids), 0.01)) + block.shortcut(up(x))
+    torch.testing.assert_close(block(x, ids), expected)
+    assert expected.shape == (3, 4, 8, 8)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_down_block_is_the_paper_s_order_of_layers(first):
+    block = blocks.DownBlock(3, 8, first=first).eval()  # eval: no power iteration between the two calls
+    x = torch.randn(2, 3, 8, 8)
+    h = block.conv2(F.leaky_relu(block.conv1(x if first else F.leaky_relu(x, 0.01)), 0.01))
+    expected = F.avg_pool2d(h, 2) + F.avg_pool2d(block.shortcut(x), 2)
+    torch.testing.assert_close(block(x), expected)
+    assert block.conv1.out_channels == (8 if first else 3)
+
+
+# ---------------------------------------------------------------------------------------- labels in G and in D
+
+def networks(label_embed: str) -> tuple[Generator, Discriminator]:
+    G, D, _ = build(Config(ch=4, image_size=32, z_dim=8, label_embed=label_embed), NULL, torch.device("cpu"))
+    randomise_norms(G)
+    return G.eval(), D.eval()
+
+
+@pytest.mark.parametrize("label_embed", ["linear", "sum"])
+def test_changing_one_label_changes_g_and_d(label_embed):
+    G, D = networks(label_embed)
+    z, x = torch.randn(1, 8), torch.randn(1, 3, 32, 32)
+    y = torch.tensor([[1, 9, NULL]])
+    for changed in ([[2, 9, NULL]], [[1, 10, NULL]], [[1, 9, 3]], [[1, NULL, NULL]]):
+        changed = torch.tensor(changed)
+        assert (G(z, y) - G(z, changed)).abs().max() > 1e-3
+        assert (D(x, y) - D(x, changed)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("label_embed", ["linear", "sum"])
+def test_order_of_labels_is_nothing_where_the_sum_is_used(label_embed):
+    G, D = networks(label_embed)
+    z, x = torch.randn(2, 8), torch.randn(2, 3, 32, 32)
+    y = torch.tensor([[1, 9, NULL], [3, 4, 5]])
+    other = torch.tensor([[NULL, 1, 9], [5, 3, 4]])
+    torch.testing.assert_close(G(z, y), G(z, other))
+    same = torch.allclose(D(x, y), D(x, other), atol=1e-6)
+    assert same == (label_embed == "sum")
+
+
+@pytest.mark.parametrize("label_embed", ["linear", "sum"])
+def test_null_labels_add_exactly_zero(label_embed):
+    G, D = networks(label_embed)
+    x = torch.randn(2, 3, 32, 32)
+    nothing = torch.full((2, 3), NULL)
+    h = F.leaky_relu(D.blocks(x)).sum((2, 3))
+    assert torch.equal(D(x, nothing), D.linear(h)[:, 0])
+    for module in G.modules():
+        if isinstance(module, blocks.SetEmbedding):
+            assert not module(nothing).any()
+            one = torch.tensor([[7, NULL, NULL]])
+            assert torch.equal(module(one)[0], module.weight[7])
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_shapes(size):
+    G, D, ema = build(Config(ch=2, image_size=size, z_dim=8), NULL, torch.device("cpu"))
+    y = torch.randint(25, (3, 3))
+    x = G(torch.randn(3, 8), y)
+    assert x.shape == (3, 3, size, size) and x.abs().max() <= 1
+    assert D(x, y).shape == (3,)
+    assert not ema.training and not any(p.requires_grad for p in ema.parameters())
+
+
+def test_full_size_has_the_widths_of_the_write_up():
+    G, D, _ = build(Config(), NULL, torch.device("cpu"))
+    assert G.first.weight.shape == (16 * 64 * 4 * 4, 128)
+    assert [b.conv1.weight.shape[:2] for b in G.blocks] == [(512, 1024), (256, 512), (128, 256), (64, 128)]
+    assert [b.conv2.weight.shape[:2] for b in D.blocks] == [(64, 64), (128, 64), (256, 128), (512, 256), (1024, 512)]
+    assert D.embed.weight.shape == (25, 1024) and D.join.weight.shape == (1024, 3 * 1024)
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+def test_hinge_is_its_formula():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.25, 1.0])
+    assert losses.hinge_d(real, fake).item() == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 1.25 + 2) / 3)
+    assert losses.hinge_g(fake).item() == pytest.approx((3 - 0.25 - 1) / 3)
+
+
+def test_flipped_labels_swap_real_and_fake():
+    real, fake = torch.randn(2, 50).unbind(0)
+    none, every = torch.zeros(2, 50, dtype=torch.bool), torch.ones(2, 50, dtype=torch.bool)
+    torch.testing.assert_close(losses.hinge_d(real, fake, none), losses.hinge_d(real, fake))
+    torch.testing.assert_close(losses.hinge_d(real, fake, every), losses.hinge_d(fake, real))
+    one = none.clone()
+    one[1, 7] = True  # a single fake counts as real
+    expected = losses.hinge_d(real, fake) + (F.relu(1 - fake[7]) - F.relu(1 + fake[7])) / 50
+    torch.testing.assert_close(losses.hinge_d(real, fake, one), expected)
+
+
+def test_relativistic_hinge_is_its_formula():
+    real, fake = torch.randn(2, 9).unbind(0)
+    d_loss = losses.hinge_d(*losses.relativistic(real, fake))
+    expected = sum(max(0, 1 - (r - fake.mean())) for r in real) / 9 + sum(max(0, 1 + f - real.mean()) for f in fake) / 9
+    torch.testing.assert_close(d_loss, expected)

@@ -1,0 +1,145 @@
+"""Loaders: what they give, what they cache, what they refuse."""
+import json
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+from common import datasets, worlds
+from common.datasets import Batches, load_iclevr
+from common.run import UserError
+from tests.conftest import make_iclevr
+
+
+def test_loads_any_size_and_pads_sorted_labels(iclevr):
+    data = load_iclevr(str(iclevr), 64)
+    assert data.images.shape == (18, 3, 64, 64) and data.images.dtype == torch.uint8
+    train = json.loads((iclevr / "train.json").read_text())
+    for row, name in zip(data.labels.tolist(), sorted(train)):
+        expected = sorted(worlds.OBJECTS.index(o) for o in train[name])
+        assert row == expected + [24] * (3 - len(expected))
+    assert data.scene.tolist() == [i // 3 for i in range(18)]
+    assert data.tests["test"].tolist() == [[1, 24, 24], [2, 8, 24]]
+    name = sorted(train)[4]
+    expected = Image.open(iclevr / "images" / name).resize((64, 64), Image.Resampling.BILINEAR)
+    assert data.images[4].permute(1, 2, 0).numpy().tobytes() == expected.tobytes()
+
+
+def test_held_out_images_are_whole_scenes():
+    labels, scene = torch.zeros(60, 3, dtype=torch.long), torch.arange(20).repeat_interleave(3)
+    data = datasets.LabelledScenes("x", torch.zeros(60), labels, scene, worlds.OBJECTS, {}, "")
+    held = data.held_out()
+    assert held.sum() == 6 and torch.equal(held, data.held_out())
+    assert not set(scene[held].tolist()) & set(scene[~held].tolist())
+
+
+@pytest.mark.parametrize("name", ["iclevr", "image"])
+def test_other_names_of_the_image_folder(iclevr, name):
+    (iclevr / "images").rename(iclevr / name)
+    assert len(load_iclevr(str(iclevr), 32).images) == 18
+
+
+def test_cache_is_used_until_the_folder_changes(iclevr, monkeypatch):
+    first = load_iclevr(str(iclevr), 32)
+    opened = []
+    monkeypatch.setattr(datasets.Image, "open", lambda p, _open=Image.open: opened.append(p) or _open(p))
+    again = load_iclevr(str(iclevr), 32)
+    assert not opened and torch.equal(first.images, again.images) and first.digest == again.digest
+    target = iclevr / "images" / "CLEVR_train_000003_1.png"
+    Image.new("RGB", (32, 32), "red").save(target)
+    changed = load_iclevr(str(iclevr), 32)
+    assert len(opened) == 18 and changed.digest != first.digest
+    assert changed.images[10].float().mean((1, 2)).tolist() == [255, 0, 0]
+
+
+def test_a_damaged_cache_is_rebuilt(iclevr):
+    first = load_iclevr(str(iclevr), 32)
+    cache, = iclevr.glob(".*.cache.pt")
+    cache.write_bytes(cache.read_bytes()[:1000])
+    assert torch.equal(load_iclevr(str(iclevr), 32).images, first.images)
+
+
+def test_a_folder_that_cannot_be_written_still_loads(iclevr, monkeypatch, capsys):
+    def refuse(*_):
+        raise PermissionError("read-only")
+    monkeypatch.setattr(datasets, "write_whole", refuse)
+    assert len(load_iclevr(str(iclevr), 32).images) == 18
+    assert "no cache written: read-only" in capsys.readouterr().out
+
+
+def edit(folder, name, change):
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+def break_objects(folder):
+    edit(folder, "objects.json", lambda c: c.update({"pink cube": 24}))
+
+
+BROKEN = {
+    "empty": (lambda f: [os.remove(p) for p in f.glob("*.json")], "objects.json is not there"),
+    "no images": (lambda f: (f / "images").rename(f / "other"), "has no images/"),
+    "no test list": (lambda f: (f / "new_test.json").unlink(), "new_test.json is not there"),
+    "image missing": (lambda f: (f / "images" / "CLEVR_train_000001_2.png").unlink(), "CLEVR_train_000001_2.png is not"),
+    "unknown object": (lambda f: edit(f, "train.json", lambda c: c.update({"CLEVR_train_000000_0.png": ["pink cube"]})),
+                       "unknown object 'pink cube'"),
+    "four objects": (lambda f: edit(f, "test.json", lambda c: c[0].extend(["red cube"] * 3)), "1 to 3 objects"),
+    "no objects": (lambda f: edit(f, "train.json", lambda c: c.update({"CLEVR_train_000000_0.png": []})), "1 to 3 objects"),
+    "unreadable": (lambda f: (f / "images" / "CLEVR_train_000002_0.png").write_bytes(b"\x89PNG no more"),
+                   "CLEVR_train_000002_0.png can't be read"),
+    "truncated": (lambda f: (f / "images" / "CLEVR_train_000002_0.png").write_bytes(
+        (f / "images" / "CLEVR_train_000002_0.png").read_bytes()[:900]), "CLEVR_train_000002_0.png can't be read"),
+    "25 classes": (break_objects, "24 object names"),
+    "no json": (lambda f: (f / "train.json").write_text("{"), "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_is_named_and_nothing_written(iclevr, case):
+    breakage, message = BROKEN[case]
+    breakage(iclevr)
+    before = sorted(iclevr.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        load_iclevr(str(iclevr), 32)
+    assert sorted(iclevr.rglob("*")) == before
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_iclevr(str(tmp_path / "nowhere"))
+
+
+def test_batches_cover_an_epoch_once_and_depend_on_seed_and_number_alone():
+    images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1)
+    labels = torch.arange(20)
+    batches = Batches(images, labels, 6, seed=1, device=torch.device("cpu"))
+    epochs = [torch.cat([batches(e * 3 + i)[1] for i in range(3)]) for e in range(2)]
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == 18
+    assert not torch.equal(*epochs)
+    fresh = Batches(images, labels, 6, seed=1, device=torch.device("cpu"))
+    x, y = fresh(4)
+    assert torch.equal(y, epochs[1][6:12]) and torch.equal(x.flatten().long(), y)
+    assert not torch.equal(Batches(images, labels, 6, seed=2, device=torch.device("cpu"))(4)[1], y)
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    with pytest.raises(UserError, match="--batch-size 21"):
+        Batches(torch.zeros(20, 1, 1, 1), torch.zeros(20), 21, 0, torch.device("cpu"))
+
+
+def test_drawn_scenes_are_cached_and_own_the_test_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = load_iclevr("drawn", 32, 4)
+    monkeypatch.setattr(worlds, "scenes", None)
+    again = load_iclevr("drawn", 32, 4)
+    assert torch.equal(first.images, again.images) and first.name == "drawn scenes"
+    asked = {name: (sets < 24).sum().item() for name, sets in first.tests.items()}
+    assert asked == {"test": 72, "new_test": 84}
+    assert all(len(sets) == 32 for sets in first.tests.values())
+
+
+def test_the_fixture_is_what_it_claims(tmp_path):
+    assert len(list((make_iclevr(tmp_path / "x", 2) / "images").iterdir())) == 6

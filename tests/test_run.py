@@ -1,0 +1,197 @@
+"""The command line, the run folder and the checkpoints, without a network."""
+import csv
+import json
+import signal
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+from PIL import Image
+
+from common import run
+from sngan_iclevr import QUICK, Config
+
+
+@dataclass
+class Small:
+    iters: int = 10  # how long
+    device: str = "cpu"  # on what
+    lr: float = 0.5  # how fast
+    loss: Literal["a", "b"] = "a"  # which one
+    trick: bool = True  # 50% more
+    log_every: int = 5  # how often
+    out: str = ""  # where
+
+
+def parse(*argv, config=Small, quick=None):
+    return run.parse(config, quick or {}, "text", list(argv))
+
+
+def test_flags_are_the_fields_and_help_their_comments(capsys):
+    action, cfg, folder = parse("--iters", "3", "--no-trick", "--loss", "b")
+    assert (action, folder) == ("train", None) and cfg == Small(iters=3, trick=False, loss="b")
+    with pytest.raises(SystemExit) as left:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    for part in ("how long (default: 10)", "which one (default: a)", "50% more", "--no-trick"):
+        assert part in text
+
+
+def test_every_field_of_the_script_has_a_comment(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help", config=Config)
+    assert " (default:" in capsys.readouterr().out
+    import inspect
+    import re
+    lines = [line for line in inspect.getsource(Config).splitlines() if re.match(r"    \w+:", line)]
+    assert lines and all("#" in line for line in lines)
+
+
+def test_quick_is_a_preset_that_flags_override():
+    cfg = parse("--quick", "--ch", "5", config=Config, quick=QUICK)[1]
+    assert cfg.iters == QUICK["iters"] and cfg.ch == 5 and cfg.lr_g == QUICK["lr_g"]
+
+
+def test_defaults_are_the_write_up_s():
+    cfg = Config()
+    assert (cfg.iters, cfg.batch_size, cfg.n_dis, cfg.lr_g, cfg.lr_d, cfg.ch) == (30_000, 64, 4, 3e-4, 1e-4, 64)
+    assert (cfg.z_dim, cfg.image_size, cfg.add_noise, cfg.relativistic, cfg.flip_labels) == (128, 64, True, False, 0)
+
+
+@pytest.mark.parametrize("argv", [["--iters", "0"], ["--iters", "-3"], ["--lr", "-1"], ["--lr", "nan"], ["--lr", "x"],
+                                  ["--loss", "c"], ["--nothing", "1"], ["--log-every", "-1"], ["--ite", "3"]])
+def test_values_out_of_range_are_refused(argv):
+    with pytest.raises(run.UserError):
+        parse(*argv)
+
+
+def stored(folder, script="test_run.py", **changes):
+    folder.mkdir()
+    values = vars(Small()) | changes
+    (folder / "config.json").write_text(json.dumps({"script": script, "config": values}))
+    return str(folder)
+
+
+def test_resume_takes_the_stored_config_and_longer_iters(tmp_path):
+    folder = stored(tmp_path / "a", lr=0.25)
+    action, cfg, where = parse("--resume", folder, "--iters", "20", "--log-every", "1", "--lr", "0.25")
+    assert action == "resume" and str(where) == folder and cfg == Small(iters=20, lr=0.25, log_every=1)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--lr", "0.5"], "lr is 0.25 there and 0.5 here"), (["--no-trick", "--loss", "b"], "loss is 'a' there.*trick is True"),
+    (["--quick"], "--quick is for a new run"), (["--iters", "0"], "--iters 0")])
+def test_resume_refuses_another_config_and_names_the_fields(tmp_path, argv, message):
+    with pytest.raises(run.UserError, match=message):
+        parse("--resume", stored(tmp_path / "a", lr=0.25), *argv)
+
+
+def test_folders_that_are_no_run_of_this_script(tmp_path):
+    with pytest.raises(run.UserError, match="is no run"):
+        parse("--resume", str(tmp_path))
+    with pytest.raises(run.UserError, match="is a run of vae_celeba.py"):
+        parse("--sample", stored(tmp_path / "b", script="vae_celeba.py"))
+    with pytest.raises(run.UserError, match="other fields.*more"):
+        parse("--eval", stored(tmp_path / "c", more=1))
+    folder = stored(tmp_path / "d")
+    (tmp_path / "d" / "config.json").write_text("{")
+    with pytest.raises(run.UserError, match="not a run's config"):
+        parse("--resume", folder)
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "x.txt"
+    run.write_whole(path, lambda p: p.write_text("old"))
+
+    def half(p):
+        p.write_text("ne")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        run.write_whole(path, half)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_not_written(tmp_path):
+    path = tmp_path / "last.pt"
+    run.save_checkpoint(path, {"step": 1, "G": {"w": torch.ones(2)}})
+    with pytest.raises(run.NotFinite, match="G.w is not finite at step 2"):
+        run.save_checkpoint(path, {"step": 2, "G": {"w": torch.tensor([1.0, float("nan")])}})
+    assert run.load_checkpoint(path, "cpu")["step"] == 1
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(run.UserError, match="can't be read as a checkpoint"):
+        run.load_checkpoint(path, "cpu")
+
+
+def new_run(tmp_path, step=0, resume=None, **changes):
+    cfg = Small(out="" if resume else str(tmp_path / "r"), **changes)
+    return run.Run(cfg, "x.py", "x", resume, step, ["loss", "accuracy"])
+
+
+def test_rows_and_pictures_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    folder = new_run(tmp_path).folder
+    with new_run(tmp_path, resume=folder) as r:
+        for step in (5, 10, 15):
+            r.log(step, loss=step / 3)
+            r.picture(step, torch.zeros(2, 1, 8, 8), "a title")
+    again = new_run(tmp_path, step=10, resume=folder)
+    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    assert [r["step"] for r in rows] == ["5", "10"] and rows[0]["accuracy"] == ""
+    assert float(rows[1]["loss"]) == pytest.approx(10 / 3, rel=1e-5)
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step_0000005.png", "step_0000010.png"]
+    again.draw_progress("a title")
+    with Image.open(folder / "progress.gif") as gif:
+        assert gif.n_frames == 2 or gif.n_frames == 1  # equal pictures may be one frame
+    assert (folder / "curves.png").exists() == bool(run.plt)
+
+
+def test_an_existing_folder_is_never_written_over(tmp_path, monkeypatch):
+    new_run(tmp_path)
+    with pytest.raises(run.UserError, match="exists already"):
+        new_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        names.append(run.free_folder("", "dcgan").name)
+        (tmp_path / "runs" / names[-1]).mkdir(parents=True)
+    assert names == ["dcgan", "dcgan-2", "dcgan-3"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with new_run(tmp_path) as r, pytest.raises(run.NotFinite, match="loss is nan at step 5"):
+        r.log(5, loss=float("nan"))
+
+
+def test_signals_ask_first_and_insist_second(tmp_path):
+    with new_run(tmp_path) as r:
+        assert r.signal is None
+        signal.raise_signal(signal.SIGTERM)
+        assert r.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("error, status", [(None, 0), (run.UserError("x"), 2), (run.NotFinite("x"), 3),
+                                           (KeyboardInterrupt(), 130)])
+def test_exit_status(error, status, capsys):
+    def main():
+        if error:
+            raise error
+    with pytest.raises(SystemExit) as left:
+        run.entry(main)
+    assert left.value.code == status
+    if status in (2, 3):
+        assert capsys.readouterr().err == "error: x\n"
+
+
+def test_a_grid_shows_the_images_and_a_title(tmp_path):
+    images = torch.stack([torch.full((3, 64, 64), v) for v in (-1.0, 0.0, 1.0)])
+    run.save_grid(tmp_path / "g.png", images, "a title that is long enough to need a second line", nrow=3)
+    with Image.open(tmp_path / "g.png") as grid:
+        assert grid.width == 3 * 66 + 2 and grid.height > 66 + 2 + 14
+        below = grid.height - 34
+        assert [grid.getpixel((34 + 66 * i, below)) for i in range(3)] == [(0,) * 3, (128,) * 3, (255,) * 3]
+        title = grid.crop((0, 0, grid.width, grid.height - 68)).convert("L")
+        assert title.getextrema()[0] < 100  # ink
