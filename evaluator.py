@@ -28,15 +28,18 @@ JUDGE_SIZE = 64  # every judge of scenes sees 64×64
 class JudgeNet(ResNet):
     """torchvision's ResNet-18 with 24 sigmoid outputs: the layout of the i-CLEVR course's evaluator at width 64.
 
-    [B, 3, 64, 64] in [-1, 1] → probabilities [B, n_classes]. `width` (of 64) narrows the residual stages.
+    [B, 3, 64, 64] in [-1, 1] → probabilities [B, n_classes]. `width` (of 64) narrows every layer.
     """
 
     def __init__(self, n_classes: int, width: int = 64):
         self.width = width
         super().__init__(BasicBlock, [2, 2, 2, 2])
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(width)
         self.fc = nn.Sequential(nn.Linear(8 * width, n_classes), nn.Sigmoid())
 
     def _make_layer(self, block, planes, *args, **kwargs):
+        if planes == 64:  # the first stage
+            self.inplanes = self.width
         return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
 
 
@@ -167,6 +170,7 @@ def train_judge(data: LabelledScenes, width: int, steps: int, device: torch.devi
         opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=2e-3, total_steps=steps, pct_start=0.2)
         head, net.fc = net.fc, net.fc[0]  # trained on logits
+        nn.init.constant_(net.fc.bias, -2.4)  # two of 24 objects are there: log(2/22)
         start, total = time.monotonic(), torch.zeros((), device=device)
         order = torch.randperm(0)
         for step in range(1, steps + 1):

@@ -43,7 +43,7 @@ def _conv(i: int, o: int, kernel: int, spectral: bool = False) -> nn.Module:
 class SetEmbedding(nn.Embedding):
     """Embeds a set of class ids [B, K] as the sum of its members' vectors [B, dim]; id `n_classes` adds exactly 0."""
 
-    def __init__(self, n_classes: int, dim: int, std: float = 0.02):
+    def __init__(self, n_classes: int, dim: int, std: float = 0.1):
         super().__init__(n_classes + 1, dim, padding_idx=n_classes)
         nn.init.normal_(self.weight, 0, std)
         nn.init.zeros_(self.weight[n_classes])

@@ -81,7 +81,7 @@ def test_resume_takes_the_stored_config_and_longer_iters(tmp_path):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--lr", "0.5"], "lr is 0.25 there and 0.5 here"), (["--no-trick", "--loss", "b"], "loss is 'a' there.*trick is True"),
+    (["--lr", "0.5"], "lr is 0.25 there and 0.5 here"), (["--no-trick", "--loss", "b"], "trick is True there.*loss is 'a' there"),
     (["--quick"], "--quick is for a new run"), (["--iters", "0"], "--iters 0")])
 def test_resume_refuses_another_config_and_names_the_fields(tmp_path, argv, message):
     with pytest.raises(run.UserError, match=message):

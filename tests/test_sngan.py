@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sngan_iclevr
+from common.datasets import load_iclevr
 from tests.conftest import TINY, command, environment, script
 
 
@@ -162,6 +163,7 @@ class CountReads(TorchDispatchMode):
 @pytest.mark.parametrize("trick", [{}, {"flip_labels": 0.1, "relativistic": True}])
 def test_an_iteration_reads_nothing_back(tmp_path, monkeypatch, trick):
     monkeypatch.chdir(tmp_path)
+    load_iclevr("drawn", 32, 24)  # draws and caches them
     counts = []
     for iters in (2, 5):
         cfg = sngan_iclevr.Config(iters=iters, data="drawn", n_scenes=24, image_size=32, ch=2, batch_size=8, z_dim=8,
