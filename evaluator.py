@@ -1,10 +1,10 @@
 """Judges and scores: how well do generated images show what they were asked to show?
 
-    python evaluator.py --data data/iclevr        # train and cache the i-CLEVR judge, print its held-out accuracy
-    python evaluator.py --data drawn              # the same for the drawn scenes
+    python evaluator.py --data data/iclevr   # train and cache the i-CLEVR judge, print its held-out accuracy
+    python evaluator.py --data drawn         # the same for the drawn scenes
 
 A judge is a classifier trained on real (or drawn) images whose held-out accuracy is printed with every score.
-Scripts train theirs when they first need it; `--judge PATH` loads another, the i-CLEVR course's checkpoint included.
+Scripts train theirs when they first need it; their `--judge PATH` loads another, such as the course's.
 """
 import argparse
 import time
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from common import worlds
 from common.datasets import LabelledScenes, load_iclevr, pick_source
 from common.run import UserError, entry, pick_device, write_whole
 
@@ -26,7 +25,7 @@ JUDGE_SIZE = 64  # every judge of scenes sees 64×64
 
 
 class JudgeNet(ResNet):
-    """torchvision's ResNet-18 with 24 sigmoid outputs: the layout of the i-CLEVR course's evaluator at width 64.
+    """torchvision's ResNet-18 with sigmoid outputs: at width 64 the layout of the i-CLEVR course's evaluator.
 
     [B, 3, 64, 64] in [-1, 1] → probabilities [B, n_classes]. `width` (of 64) narrows every layer.
     """
@@ -48,7 +47,7 @@ class Judge:
     """A trained classifier and what is known of it."""
     net: nn.Module
     title: str  # "ResNet-18, held-out accuracy 0.987"
-    held_out: dict[str, float] | None  # its own scores on scenes it was not trained on; None for a foreign one
+    held_out: dict[str, float] | None  # its scores on scenes it was not trained on; None for a foreign one
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -56,14 +55,15 @@ class Judge:
         return torch.cat([self.net(_to_judge_size(part.float())) for part in images.split(256)])
 
 
-# --------------------------------------------------------------------------------------------- i-CLEVR's scores
+# ---------------------------------------------------------------------- i-CLEVR's scores
 
 def count_objects(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Accuracy as the i-CLEVR course defines it, and two stricter views of it.
 
-    scores [N, C] of a judge; labels [N, 3], ids padded with C. With k objects asked for in an image, those among the
-    judge's top k count as shown. Returns "accuracy" (shown ÷ asked for, over all images: micro-averaged recall
-    at k), "exact" (share of images with every object shown) and "accuracy_1" … "accuracy_3" by number of objects.
+    scores [N, C] of a judge; labels [N, 3], ids padded with C. With k objects asked for in an image, those
+    among the judge's top k count as shown. Returns "accuracy" (shown ÷ asked for, over all images:
+    micro-averaged recall at k), "exact" (share of images with every object shown) and "accuracy_1" …
+    "accuracy_3" by number of objects.
     """
     n_classes = scores.shape[1]
     asked = labels < n_classes
@@ -100,9 +100,8 @@ def score_sets(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_d
     return results
 
 
-def print_table(results: dict[str, dict], title: str) -> None:
-    """Results of score_sets as lines of mean ± standard deviation, the title (data, judge, draws) above."""
-    print(title)
+def print_table(results: dict[str, dict]) -> None:
+    """Results of score_sets, a list of sets a line, as mean ± standard deviation."""
     columns = ["accuracy", "exact", "accuracy_1", "accuracy_2", "accuracy_3"]
     print(f"{'':<14}" + "".join(f"{c:>17}" for c in columns))
     for name, scores in results.items():
@@ -110,9 +109,10 @@ def print_table(results: dict[str, dict], title: str) -> None:
         print(f"{name:<14}" + "".join(f"{c:>17}" for c in cells))
 
 
-# ------------------------------------------------------------------------------------------------ scene judges
+# ---------------------------------------------------------------------- scene judges
 
-def get_judge(choice: str, data: LabelledScenes, width: int, steps: int, device: torch.device) -> Judge | None:
+def get_judge(choice: str, data: LabelledScenes, width: int, steps: int,
+              device: torch.device) -> Judge | None:
     """The judge that --judge names: "auto" (trained on `data` and cached), "none", or a checkpoint's path."""
     if choice == "none":
         return None
@@ -121,7 +121,7 @@ def get_judge(choice: str, data: LabelledScenes, width: int, steps: int, device:
     path = JUDGES / f"scenes-{data.digest}-w{width}-{steps}.pt"
     if path.is_file():
         return load_judge(path, len(data.classes), device)
-    print(f"training a judge on {data.name}: ResNet-18 of width {width}, {steps} steps (once; kept as {path})")
+    print(f"training a judge of {data.name}, once: ResNet-18 of width {width}, {steps} steps, kept as {path}")
     net, held_out = train_judge(data, width, steps, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"model": net.state_dict(), "width": width, "held_out": held_out, "data": data.name}
@@ -130,7 +130,7 @@ def get_judge(choice: str, data: LabelledScenes, width: int, steps: int, device:
 
 
 def load_judge(path: Path, n_classes: int, device: torch.device) -> Judge:
-    """A judge's checkpoint: {"model": state dict of JudgeNet, …}, as the i-CLEVR course's is and as ours are."""
+    """A judge's checkpoint: {"model": weights of a JudgeNet, …}, as the i-CLEVR course's and ours are."""
     if not path.is_file():
         raise UserError(f"--judge {path}: there is no such file")
     try:
@@ -138,8 +138,8 @@ def load_judge(path: Path, n_classes: int, device: torch.device) -> Judge:
         state = content["model"]
         found, features = state["fc.0.weight"].shape
     except Exception as error:
-        raise UserError(f"--judge {path} is not a judge ({type(error).__name__}): it should hold key 'model' with the "
-                        "weights of a ResNet-18 whose fc is Linear, Sigmoid") from None
+        raise UserError(f"--judge {path} is not a judge ({type(error).__name__}): it should hold key 'model' "
+                        "with the weights of a ResNet-18 whose fc is Linear, Sigmoid") from None
     if found != n_classes:
         raise UserError(f"--judge {path} tells {found} classes apart, the data has {n_classes}: "
                         "use a judge that was trained for this data")
@@ -148,17 +148,20 @@ def load_judge(path: Path, n_classes: int, device: torch.device) -> Judge:
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"--judge {path} is no ResNet-18: {str(error).splitlines()[1].strip()[:120]}") from None
+        reason = str(error).splitlines()[1].strip()[:120]
+        raise UserError(f"--judge {path} is no ResNet-18: {reason}") from None
     held_out = content.get("held_out")
-    told = f"held-out accuracy {held_out['accuracy']:.4f}" if held_out else f"{path.name}, held-out accuracy not known"
+    told = f"held-out accuracy {held_out['accuracy']:.4f}" if held_out else "held-out accuracy not known"
+    told += "" if held_out else f" ({path.name})"
     return Judge(net.eval().requires_grad_(False), f"ResNet-18 of width {features // 8}, {told}", held_out)
 
 
 def train_judge(data: LabelledScenes, width: int, steps: int, device: torch.device) -> tuple[nn.Module, dict]:
     """Train a JudgeNet on nine tenths of the scenes; returns it with its scores on the last tenth.
 
-    AdamW under a one-cycle rate, batches of 32; images are mirrored, shifted by up to 4 pixels and grained. The held-out scenes are
-    looked at once, after training, so their score is no choice of theirs. The global random state is left alone.
+    AdamW under a one-cycle rate, batches of 32; images are mirrored, shifted by up to 4 pixels and grained.
+    The held-out scenes are looked at once, after training: nothing is chosen by them. The global random state
+    is left alone.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -177,7 +180,8 @@ def train_judge(data: LabelledScenes, width: int, steps: int, device: torch.devi
             if len(order) < batch:
                 order = torch.randperm(len(images)).to(device)
             i, order = order[:batch], order[batch:]
-            loss = F.binary_cross_entropy_with_logits(net(_augment(_to_judge_size(images[i].float() / 127.5 - 1))), target[i])
+            x = _augment(_to_judge_size(images[i].float() / 127.5 - 1))
+            loss = F.binary_cross_entropy_with_logits(net(x), target[i])
             opt.zero_grad()
             loss.backward()
             opt.step()
@@ -185,7 +189,8 @@ def train_judge(data: LabelledScenes, width: int, steps: int, device: torch.devi
             total += loss.detach()
             if step % 250 == 0 or step == steps:
                 left = (time.monotonic() - start) / step * (steps - step)
-                print(f"judge: step {step}/{steps}  loss {total.item() / (step % 250 or 250):.4f}  {left:.0f} s left", flush=True)
+                mean = total.item() / (step % 250 or 250)
+                print(f"judge: step {step}/{steps}  loss {mean:.4f}  {left:.0f} s left", flush=True)
                 total.zero_()
     net.fc = head
     judge = Judge(net.eval(), "", None)
@@ -194,8 +199,9 @@ def train_judge(data: LabelledScenes, width: int, steps: int, device: torch.devi
 
 
 def _to_judge_size(images: torch.Tensor) -> torch.Tensor:
-    size = (JUDGE_SIZE, JUDGE_SIZE)
-    return images if images.shape[-2:] == size else F.interpolate(images, size, mode="bilinear", antialias=True)
+    if images.shape[-1] == JUDGE_SIZE:
+        return images
+    return F.interpolate(images, (JUDGE_SIZE, JUDGE_SIZE), mode="bilinear", antialias=True)
 
 
 def _augment(x: torch.Tensor) -> torch.Tensor:
@@ -210,10 +216,11 @@ def _augment(x: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--data", default="auto", help="auto, drawn, or the folder of i-CLEVR")
     parser.add_argument("--image-size", type=int, default=64, help="the size at which images are loaded")
-    parser.add_argument("--judge-width", type=int, default=64, help="64 is ResNet-18; less is narrower and faster")
+    parser.add_argument("--judge-width", type=int, default=64, help="64 is ResNet-18; less is faster")
     parser.add_argument("--judge-steps", type=int, default=5000, help="training steps of 32 images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args()

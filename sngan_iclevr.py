@@ -1,8 +1,10 @@
-"""SNGAN with projection discriminator on i-CLEVR: images of 1 to 3 asked-for objects (Miyato et al. 2018; Miyato & Koyama 2018).
+"""SNGAN with projection on i-CLEVR: images of one to three asked-for objects.
 
-    python sngan_iclevr.py --quick                          # minutes on two CPU cores, drawn scenes if there are no real ones
-    python sngan_iclevr.py --iters 30000                    # the full job, one GPU
-    python sngan_iclevr.py --resume runs/sngan_iclevr       # go on with it; --sample and --eval take a run as well
+Spectral norm: Miyato et al. 2018; projection discriminator: Miyato & Koyama 2018.
+
+    python sngan_iclevr.py --quick                     # minutes on two CPU cores
+    python sngan_iclevr.py --iters 30000               # the full job, one GPU
+    python sngan_iclevr.py --resume runs/sngan_iclevr  # go on; --sample and --eval take a run as well
 
 RESULTS
 """
@@ -19,7 +21,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import evaluator
 from common import losses, run
-from common.blocks import DownBlock, SetEmbedding, UpBlock, init_xavier, normed_once
+from common.blocks import DownBlock, UpBlock, init_xavier, normed_once
 from common.datasets import Batches, LabelledScenes, load_iclevr, pick_source
 
 
@@ -57,14 +59,15 @@ class Config:
     lr_decay_from: int = 0  # iteration from which both rates fall linearly to 0 at the last; 0: never
 
 
-QUICK = dict(iters=1000, batch_size=32, n_dis=2, ch=16, image_size=32, lr_d=3e-4, lr_g=5e-4, ema=0.99, n_scenes=2000,
-             judge_width=16, judge_steps=1500, log_every=50, sample_every=100, eval_every=250, save_every=250)
+QUICK = dict(iters=1000, batch_size=32, lr_g=5e-4, lr_d=3e-4, n_dis=2, ch=16, image_size=32, ema=0.99,
+             n_scenes=2000, log_every=50, sample_every=100, eval_every=250, save_every=250,
+             judge_width=16, judge_steps=1500)
 
 
-# ----------------------------------------------------------------------------------------------------- networks
+# ---------------------------------------------------------------------- networks
 
 class Generator(nn.Module):
-    """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; the labels enter every block's batch norms."""
+    """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; labels enter by each block's norms."""
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int):
         super().__init__()
@@ -83,7 +86,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """images [B, 3, S, S], labels [B, 3] → scores [B]: ψ(h) + ⟨embedding of the labels, h⟩ (Miyato & Koyama 2018, eq. 3).
+    """images [B, 3, S, S], labels [B, 3] → scores [B]: ψ(h) + ⟨labels, h⟩ (Miyato & Koyama 2018, eq. 3).
 
     Spectral norm on every layer but the one that joins the label vectors, as in the write-up.
     """
@@ -99,7 +102,9 @@ class Discriminator(nn.Module):
         nn.init.zeros_(embed.weight[n_classes])  # the null class: a zero vector, and no gradient
         self.embed = spectral_norm(embed)
         # no bias: a null label adds exactly zero to the score either way
-        self.join = init_xavier(nn.Linear(3 * widths[-1], widths[-1], bias=False)) if label_embed == "linear" else None
+        self.join = None
+        if label_embed == "linear":
+            self.join = init_xavier(nn.Linear(3 * widths[-1], widths[-1], bias=False))
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         h = F.leaky_relu(self.blocks(x)).sum((2, 3))  # [B, 16·ch, S/32, S/32] summed over space → [B, 16·ch]
@@ -108,7 +113,7 @@ class Discriminator(nn.Module):
         return self.linear(h)[:, 0] + (y * h).sum(1)
 
 
-# ----------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------- training
 
 def build(cfg: Config, n_classes: int, device: torch.device) -> tuple[Generator, Discriminator, Generator]:
     """G, D and the averaged copy of G, freshly initialised from the global random state."""
@@ -124,6 +129,8 @@ def train(cfg: Config, resume: Path | None = None) -> int:
     device = run.pick_device(cfg.device)
     if cfg.deterministic:
         run.set_deterministic()
+    if cfg.ema >= 1 or cfg.flip_labels > 1:
+        raise run.UserError(f"--ema {cfg.ema} must be below 1, --flip-labels {cfg.flip_labels} at most 1")
     cfg.data = pick_source(cfg.data, "data/iclevr")
     data = load_iclevr(cfg.data, cfg.image_size, cfg.n_scenes)
     batches = Batches(data.images, data.labels, cfg.batch_size, cfg.seed, device)
@@ -144,13 +151,13 @@ def train(cfg: Config, resume: Path | None = None) -> int:
     if resume is not None and (resume / "last.pt").exists():
         state = run.load_checkpoint(resume / "last.pt", device)
         if state["data"] != data.digest:
-            raise run.UserError(f"{cfg.data} no longer holds the images that {resume} was trained on: bring them back")
+            raise run.UserError(f"{cfg.data} no longer holds the images of {resume}: bring them back")
         for name, thing in (("G", G), ("D", D), ("ema", ema), ("opt_g", opt_g), ("opt_d", opt_d)):
             thing.load_state_dict(state[name])
         start, best, sums = state["step"], state["best"], state["sums"]
         run.set_rng_state(state["rng"], device)
 
-    # ---- one iteration: n_dis steps of D, one of G, the average. Static tensors, nothing read back by the host
+    # ---- one iteration: n_dis steps of D, one of G, the average. The host reads nothing back
     averaged = list(zip(ema.state_dict().values(), G.state_dict().values()))  # batch norm's statistics too
 
     def to_d(x: torch.Tensor) -> torch.Tensor:
@@ -168,8 +175,8 @@ def train(cfg: Config, resume: Path | None = None) -> int:
                 fake = G(z, labels)
             # D has no batch norm, so real and fake share one pass
             score_real, score_fake = D(to_d(torch.cat([real, fake])), labels.repeat(2, 1)).float().chunk(2)
-        real_fake = losses.relativistic(score_real, score_fake) if cfg.relativistic else (score_real, score_fake)
-        d_loss = losses.hinge_d(*real_fake, flip)
+        scores = score_real, score_fake
+        d_loss = losses.hinge_d(*(losses.relativistic(*scores) if cfg.relativistic else scores), flip)
         opt_d.zero_grad()
         d_loss.backward()
         opt_d.step()
@@ -202,14 +209,15 @@ def train(cfg: Config, resume: Path | None = None) -> int:
                 average.lerp_(new, ema_weight) if new.is_floating_point() else average.copy_(new)
 
     # ---- what is written along the way
-    title = f"sngan_iclevr on {data.name}, ch {cfg.ch}, seed {cfg.seed}"
-    fixed = torch.randn(len(data.tests["test"]), cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
-    scored = {"val": choice_sets(data), **data.tests}  # best.pt is chosen on "val": sets of the training labels
+    shown = data.tests["test"].to(device)
+    fixed = torch.randn(len(shown), cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
+    scored = {"val": choice_sets(data), **data.tests}  # best.pt is chosen on "val": training label sets
 
     def save(name: str, step: int) -> None:
         run.save_checkpoint(folder.folder / name, dict(
-            step=step, best=best, sums=sums, data=data.digest, rng=run.rng_state(device), config=vars(cfg),
-            G=G.state_dict(), D=D.state_dict(), ema=ema.state_dict(), opt_g=opt_g.state_dict(), opt_d=opt_d.state_dict()))
+            G=G.state_dict(), D=D.state_dict(), ema=ema.state_dict(), opt_g=opt_g.state_dict(),
+            opt_d=opt_d.state_dict(), step=step, best=best, sums=sums, data=data.digest,
+            rng=run.rng_state(device), config=vars(cfg)))
 
     def score(net: Generator) -> dict[str, dict]:
         return evaluator.score_sets(net, cfg.z_dim, judge, scored, cfg.eval_draws, cfg.seed, device)
@@ -238,10 +246,11 @@ def train(cfg: Config, resume: Path | None = None) -> int:
                 folder.log(step, **means)
                 folder.status(step, **means)
             if due(cfg.sample_every, step):
-                folder.picture(step, ema(fixed, data.tests["test"].to(device)), f"{title}, step {step}: test.json, one set each")
+                heading = f"{title(cfg, data)}, step {step}: test.json, one set each"
+                folder.picture(step, ema(fixed, shown), heading)
             if judge and due(cfg.eval_every, step):
                 results = score(ema)
-                folder.log(step, **{f"accuracy_{k}": r["accuracy"][0] for k, r in results.items()})
+                folder.log(step, **{f"accuracy_{name}": r["accuracy"][0] for name, r in results.items()})
                 if results["val"]["accuracy"][0] > best:
                     best = results["val"]["accuracy"][0]
                     save("best.pt", step)
@@ -251,21 +260,25 @@ def train(cfg: Config, resume: Path | None = None) -> int:
                 break
 
         # ---- the end
-        folder.draw_progress(title)
+        folder.draw_progress(title(cfg, data))
         if folder.signal is not None:
-            print(f"\nstopped at step {step}; go on with: python {Path(__file__).name} --resume {folder.folder}")
+            print(f"\nstopped at step {step}; to go on: {Path(__file__).name} --resume {folder.folder}")
             return 128 + folder.signal
-        draw(cfg, ema, data, folder.folder, title)
+        draw(cfg, ema, data, folder.folder, title(cfg, data))
         print(f"{folder.folder}: {step} iterations, {folder.seconds:.0f} s")
         if judge:
             evaluate(cfg, data, judge, folder.folder, device)
     return 0
 
 
-def choice_sets(data: LabelledScenes, n: int = 96) -> torch.Tensor:
-    """n label sets [n, 3] of the training images, a third each of one, two and three objects: to choose best.pt by.
+def title(cfg: Config, data: LabelledScenes) -> str:
+    return f"sngan_iclevr on {data.name}, ch {cfg.ch}, seed {cfg.seed}"
 
-    Choosing by the test lists would tune to them.
+
+def choice_sets(data: LabelledScenes, n: int = 96) -> torch.Tensor:
+    """n label sets [n, 3] of training images, a third each of one, two and three objects.
+
+    best.pt is chosen by them: choosing it by the test lists would tune to those.
     """
     g = torch.Generator().manual_seed(0)
     count = (data.labels < len(data.classes)).sum(1)
@@ -273,7 +286,7 @@ def choice_sets(data: LabelledScenes, n: int = 96) -> torch.Tensor:
                       (data.labels[count == k].unique(dim=0) for k in (1, 2, 3))])
 
 
-# ------------------------------------------------------------------------------------------- pictures and scores
+# ---------------------------------------------------------------------- pictures and scores
 
 def load(cfg: Config, folder: Path, name: str, n_classes: int, device: torch.device) -> tuple[Generator, int]:
     """The averaged G of a checkpoint and the step it is from."""
@@ -284,7 +297,7 @@ def load(cfg: Config, folder: Path, name: str, n_classes: int, device: torch.dev
 
 
 @torch.no_grad()
-def draw(cfg: Config, ema: Generator, data: LabelledScenes, folder: Path, title: str) -> None:
+def draw(cfg: Config, ema: Generator, data: LabelledScenes, folder: Path, heading: str) -> None:
     """Grids: both test lists, real beside generated, every object alone, and ways from one z to another."""
     device, g = next(ema.parameters()).device, torch.Generator().manual_seed(cfg.seed)
 
@@ -293,39 +306,41 @@ def draw(cfg: Config, ema: Generator, data: LabelledScenes, folder: Path, title:
         return ema(z.to(device), labels.to(device)).cpu()
 
     for name, labels in data.tests.items():
-        run.save_grid(folder / f"{name}.png", make(labels), f"{title}: {name}.json, one set each")
+        run.save_grid(folder / f"{name}.png", make(labels), f"{heading}: {name}.json, one set each")
 
     # four pairs of rows: real images, and under them generated ones with the same labels
     index = torch.randint(len(data.images), (32,), generator=g)
     real = data.images[index].float() / 127.5 - 1
-    rows = torch.stack([real.view(4, 8, *real.shape[1:]), make(data.labels[index]).view(4, 8, *real.shape[1:])], 1)
+    rows = torch.stack([real, make(data.labels[index])]).unflatten(1, (4, 8)).transpose(0, 1)
     kind = "drawn" if cfg.data == "drawn" else "real"
     run.save_grid(folder / "real_beside_generated.png", rows.flatten(0, 2),
-                  f"{title}: rows of {kind} images, under each the generated ones with the same labels")
+                  f"{heading}: rows of {kind} images, under each generated ones with the same labels")
 
     null = len(data.classes)
     alone = torch.tensor([[i, null, null] for i in range(null)])
-    run.save_grid(folder / "objects.png", make(alone, torch.randn(1, cfg.z_dim, generator=g).expand(null, -1)),
-                  f"{title}: each object alone, one z")
+    one_z = torch.randn(1, cfg.z_dim, generator=g).expand(null, -1)
+    run.save_grid(folder / "objects.png", make(alone, one_z), f"{heading}: each object alone, one z")
 
     labels = data.tests["test"][torch.randperm(len(data.tests["test"]), generator=g)[:6]]
     ends = torch.randn(2, 6, 1, cfg.z_dim, generator=g)
     way = ends[0] + torch.linspace(0, 1, 8)[:, None] * (ends[1] - ends[0])  # [6, 8, z_dim]
     run.save_grid(folder / "interpolation.png", make(labels.repeat_interleave(8, 0), way.flatten(0, 1)),
-                  f"{title}: from one z to another, labels fixed along a row")
+                  f"{heading}: from one z to another, labels fixed along a row")
 
 
-def evaluate(cfg: Config, data: LabelledScenes, judge: evaluator.Judge, folder: Path, device: torch.device) -> None:
-    """Score best.pt and last.pt on both test lists; print the table and write scores.json."""
-    scores = {"data": data.name, "judge": judge.title, "judge_held_out": judge.held_out, "draws": cfg.eval_draws,
-              "seed": cfg.seed}
+def evaluate(cfg: Config, data: LabelledScenes, judge: evaluator.Judge, folder: Path,
+             device: torch.device) -> None:
+    """Score best.pt and last.pt on both test lists; print the tables and write scores.json."""
+    scores = {"data": data.name, "judge": judge.title, "judge_held_out": judge.held_out,
+              "draws": cfg.eval_draws, "seed": cfg.seed}
     for name in ("best", "last"):
         if (folder / f"{name}.pt").exists():
             ema, step = load(cfg, folder, f"{name}.pt", len(data.classes), device)
-            results = evaluator.score_sets(ema, cfg.z_dim, judge, data.tests, cfg.eval_draws, cfg.seed + 1, device)
+            results = evaluator.score_sets(ema, cfg.z_dim, judge, data.tests, cfg.eval_draws, cfg.seed + 1,
+                                           device)  # other z than best.pt was chosen with
             scores[name] = {"step": step, **results}
-            evaluator.print_table(results, f"{name}.pt (step {step}) on {data.name}, {cfg.eval_draws} draws of z; "
-                                           f"judge: {judge.title}")
+            print(f"\n{name}.pt (step {step}), {data.name}, {cfg.eval_draws} draws; judge: {judge.title}")
+            evaluator.print_table(results)
     run.write_whole(folder / "scores.json", lambda p: p.write_text(json.dumps(scores, indent=1) + "\n"))
 
 
@@ -338,8 +353,8 @@ def main() -> int:
     name = "best.pt" if (folder / "best.pt").exists() else "last.pt"
     ema, step = load(cfg, folder, name, len(data.classes), device)
     if action == "sample":
-        draw(cfg, ema, data, folder, f"sngan_iclevr on {data.name}, ch {cfg.ch}, seed {cfg.seed}, step {step}")
-        print(f"wrote test.png, new_test.png, real_beside_generated.png, objects.png, interpolation.png to {folder}")
+        draw(cfg, ema, data, folder, f"{title(cfg, data)}, step {step}")
+        print(f"wrote the grids to {folder}")
         return 0
     judge = evaluator.get_judge(cfg.judge, data, cfg.judge_width, cfg.judge_steps, device)
     if judge is None:

@@ -1,11 +1,12 @@
 """Time and memory of one iteration of sngan_iclevr.py, beside the same networks in the usual loop.
 
-    python benchmarks/step_time.py                       # --ch 16 --batch-size 32, 64×64, 4 D steps, 2 threads
+    python benchmarks/step_time.py        # --ch 16 --batch-size 32, 64×64, 4 D steps, 2 threads
 
-"script" runs sngan_iclevr.train itself. "plain" is what is commonly written: a DataLoader of two workers that decodes
-PNGs, D called once for real and once for fake images, spectral norm made anew in every forward pass, Adam as it comes,
-losses read back each step. Both train on the same drawn images. Each round runs both, each in a process of its own;
-the medians over the rounds, and of the rounds' ratios, are printed and with --json FILE written.
+"script" runs sngan_iclevr.train itself. "plain" is what is commonly written: a DataLoader of two workers that
+decodes PNGs, D called once for real and once for fake images, spectral norm made anew in every forward pass,
+Adam as it comes, losses read back each step. Both train on the same drawn images. Each round runs both, each
+in a process of its own; the medians over the rounds, and of the rounds' ratios, are printed and, with --json
+FILE, written.
 """
 import argparse
 import csv
@@ -26,9 +27,10 @@ sys.path.insert(0, str(ROOT))
 def script(args: argparse.Namespace) -> list[float]:
     """Seconds of each iteration of the script, the first two left out."""
     import sngan_iclevr
-    cfg = sngan_iclevr.Config(iters=args.iters + 2, batch_size=args.batch_size, ch=args.ch, image_size=args.image_size,
-                              data="drawn", n_scenes=args.scenes, judge="none", device="cpu", log_every=1,
-                              sample_every=0, save_every=0, out=str(Path(args.folder) / f"run-{os.getpid()}"))
+    cfg = sngan_iclevr.Config(iters=args.iters + 2, batch_size=args.batch_size, ch=args.ch,
+                              image_size=args.image_size, data="drawn", n_scenes=args.scenes, judge="none",
+                              device="cpu", log_every=1, sample_every=0, save_every=0,
+                              out=str(Path(args.folder) / f"run-{os.getpid()}"))
     sngan_iclevr.train(cfg)
     with open(Path(cfg.out) / "metrics.csv", newline="") as f:
         seconds = [float(row["seconds"]) for row in csv.DictReader(f)]
@@ -58,7 +60,8 @@ def plain(args: argparse.Namespace) -> list[float]:
             return len(data.images)
 
         def __getitem__(self, i):
-            return pil_to_tensor(Image.open(folder / f"{i}.png").convert("RGB")).float() / 127.5 - 1, data.labels[i]
+            image = Image.open(folder / f"{i}.png").convert("RGB")
+            return pil_to_tensor(image).float() / 127.5 - 1, data.labels[i]
 
     loader = DataLoader(Pictures(), args.batch_size, shuffle=True, drop_last=True, num_workers=2)
     cfg = sngan_iclevr.Config(ch=args.ch, image_size=args.image_size)
@@ -77,7 +80,8 @@ def plain(args: argparse.Namespace) -> list[float]:
                 batches = iter(loader)
                 real, y = next(batches)
             fake = G(torch.randn(len(real), cfg.z_dim), y).detach()
-            d_loss = losses.hinge_d(D(real + torch.rand_like(real) / 128, y), D(fake + torch.rand_like(fake) / 128, y))
+            real, fake = real + torch.rand_like(real) / 128, fake + torch.rand_like(fake) / 128
+            d_loss = losses.hinge_d(D(real, y), D(fake, y))
             opt_d.zero_grad()
             d_loss.backward()
             opt_d.step()
@@ -93,9 +97,10 @@ def plain(args: argparse.Namespace) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("ch", 16), ("batch-size", 32), ("image-size", 64), ("scenes", 400), ("iters", 8), ("rounds", 5),
-                        ("threads", 2)):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    for name, value in (("ch", 16), ("batch-size", 32), ("image-size", 64), ("scenes", 400), ("iters", 8),
+                        ("rounds", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--only", choices=("script", "plain"), help=argparse.SUPPRESS)
@@ -120,7 +125,8 @@ def main() -> None:
                 row[which] = json.loads(done.stdout.splitlines()[-1])
             if i:
                 rounds.append(row)
-                print(f"round {i}: script {row['script']['seconds']:.3f} s, plain {row['plain']['seconds']:.3f} s", flush=True)
+                took = ", ".join(f"{which} {r['seconds']:.3f} s" for which, r in row.items())
+                print(f"round {i}: {took}", flush=True)
     result = {which: {k: round(median(r[which][k] for r in rounds), 3) for k in rounds[0][which]}
               for which in ("script", "plain")}
     result["plain ÷ script, median of rounds"] = round(

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 @contextlib.contextmanager
 def normed_once(net: nn.Module):
-    """Within, every spectral-normed weight of `net` is computed once, in fp32, and reused by all forward passes.
+    """Within, each spectral-normed weight of `net` is computed once, in fp32, for all forward passes.
 
     Else each forward pass makes its own power iteration, and under autocast makes it in bf16. Enter it anew
     after each update of the weights, and outside of autocast.
@@ -26,7 +26,7 @@ def normed_once(net: nn.Module):
 def init_xavier(module: nn.Module, gain: float = 1.0) -> nn.Module:
     """Xavier-uniform weight, zero bias (Miyato & Koyama 2018); returns the module.
 
-    Must come before spectral_norm: what is written to `.weight.data` of a wrapped layer is lost without a word.
+    Must come before spectral_norm: what is written to a wrapped layer's `.weight.data` is silently lost.
     """
     nn.init.xavier_uniform_(module.weight, gain)
     if getattr(module, "bias", None) is not None:
@@ -35,13 +35,13 @@ def init_xavier(module: nn.Module, gain: float = 1.0) -> nn.Module:
 
 
 def _conv(i: int, o: int, kernel: int, spectral: bool = False) -> nn.Module:
-    """Convolution that keeps height and width: 3×3 in a residual branch (gain √2), 1×1 in a shortcut (gain 1)."""
+    """Convolution that keeps the size: 3×3 in a residual branch (gain √2), 1×1 in a shortcut (gain 1)."""
     conv = init_xavier(nn.Conv2d(i, o, kernel, padding=kernel // 2), math.sqrt(2) if kernel > 1 else 1.0)
     return spectral_norm(conv) if spectral else conv
 
 
 class SetEmbedding(nn.Embedding):
-    """Embeds a set of class ids [B, K] as the sum of its members' vectors [B, dim]; id `n_classes` adds exactly 0."""
+    """Class ids [B, K] as the sum of their vectors [B, dim]; id `n_classes` adds exactly 0."""
 
     def __init__(self, n_classes: int, dim: int, std: float = 0.1):
         super().__init__(n_classes + 1, dim, padding_idx=n_classes)
@@ -73,7 +73,7 @@ class ConditionalBatchNorm(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual block that doubles height and width (Miyato & Koyama 2018, fig. 14 b): [B, i, H, W] → [B, o, 2H, 2W]."""
+    """Residual block [B, i, H, W] → [B, o, 2H, 2W] (Miyato & Koyama 2018, fig. 14 b)."""
 
     def __init__(self, i: int, o: int, n_classes: int):
         super().__init__()
@@ -89,7 +89,7 @@ class UpBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual block with spectral norm that halves height and width (fig. 14 c): [B, i, H, W] → [B, o, H/2, W/2].
+    """Residual block with spectral norm, [B, i, H, W] → [B, o, H/2, W/2] (Miyato & Koyama 2018, fig. 14 c).
 
     `first`: the "optimised" block that takes an image, with no activation before its first convolution.
     """

@@ -1,4 +1,4 @@
-"""Data sets as one uint8 image tensor with labels, loaded whole and cached; batches by index, no worker processes."""
+"""Data sets as one uint8 image tensor with labels, loaded whole and cached; batches by index."""
 import hashlib
 import json
 import os
@@ -38,9 +38,9 @@ class LabelledScenes:
 def load_iclevr(source: str, image_size: int = 64, n_scenes: int = 6003) -> LabelledScenes:
     """i-CLEVR from the folder `source`, or n_scenes drawn scenes where it is "drawn".
 
-    The folder holds images/ (or iclevr/, image/) with PNGs of any size, train.json, test.json, new_test.json and
-    objects.json. Images are resized to a square as the course does, not cropped. Raises UserError for what is
-    missing or malformed.
+    The folder holds images/ (or iclevr/, image/) with PNGs of any size, train.json, test.json, new_test.json
+    and objects.json. Images are resized to a square as the course does, not cropped. Raises UserError for
+    what is missing or malformed.
     """
     if source == "drawn":
         return _drawn_scenes(image_size, n_scenes)
@@ -48,7 +48,7 @@ def load_iclevr(source: str, image_size: int = 64, n_scenes: int = 6003) -> Labe
     objects, train, tests = _read_iclevr_lists(folder)
     pictures = next((folder / d for d in ("images", "iclevr", "image") if (folder / d).is_dir()), None)
     if pictures is None:
-        raise UserError(f"{folder} has no images/ (or iclevr/, image/): put the PNGs that train.json names there")
+        raise UserError(f"{folder} has no images/ (or iclevr/, image/) with the PNGs that train.json names")
     names = sorted(train)
     images, pixels = load_images(pictures, names, image_size)
     labels = torch.tensor([train[name] for name in names])
@@ -71,8 +71,10 @@ def pick_source(data: str, real: str) -> str:
 def _read_iclevr_lists(folder: Path) -> tuple[list[str], dict[str, list[int]], dict[str, torch.Tensor]]:
     """Class names by id, {file name: three ids} of train.json, and the two test lists."""
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: there is no such folder. It should hold images/, train.json, test.json, "
-                        "new_test.json and objects.json; --data drawn needs none")
+        raise UserError(
+            f"--data {folder}: there is no such folder. It should hold images/, train.json, test.json, "
+            "new_test.json and objects.json; --data drawn needs none"
+        )
 
     def read(name: str):
         path = folder / name
@@ -85,7 +87,7 @@ def _read_iclevr_lists(folder: Path) -> tuple[list[str], dict[str, list[int]], d
             raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
 
     ids = read("objects.json")
-    if not isinstance(ids, dict) or sorted(ids.values(), key=str) != sorted(range(len(worlds.OBJECTS)), key=str):
+    if not isinstance(ids, dict) or {*ids.values()} != {*range(len(worlds.OBJECTS))}:
         raise UserError(f"{folder}/objects.json should give {len(worlds.OBJECTS)} object names the ids 0 to "
                         f"{len(worlds.OBJECTS) - 1}, as {{\"gray cube\": 0, …}}")
     train = read("train.json")
@@ -95,8 +97,9 @@ def _read_iclevr_lists(folder: Path) -> tuple[list[str], dict[str, list[int]], d
     for name in ("test", "new_test"):
         sets = read(f"{name}.json")
         if not isinstance(sets, list) or not sets:
-            raise UserError(f"{folder}/{name}.json should be a filled list of object lists, as [[\"red cube\"], …]")
-        tests[name] = torch.tensor([_pad_ids(s, ids, f"{folder}/{name}.json, set {i}") for i, s in enumerate(sets)])
+            raise UserError(f'{folder}/{name}.json should be a filled list of sets, as [["red cube"], …]')
+        where = f"{folder}/{name}.json, set"
+        tests[name] = torch.tensor([_pad_ids(s, ids, f"{where} {i}") for i, s in enumerate(sets)])
     train = {name: _pad_ids(objects, ids, f"{folder}/train.json, {name}") for name, objects in train.items()}
     return sorted(ids, key=ids.get), train, tests
 
@@ -107,12 +110,13 @@ def _pad_ids(objects: list[str], ids: dict[str, int], where: str) -> list[int]:
         raise UserError(f"{where}: should name 1 to {worlds.MAX_OBJECTS} objects, has {objects}")
     unknown = [o for o in objects if not isinstance(o, str) or o not in ids]
     if unknown:
-        raise UserError(f"{where}: unknown object {unknown[0]!r}; objects.json has {', '.join(list(ids)[:3])}, …")
+        raise UserError(f"{where}: unknown object {unknown[0]!r}; objects.json has {list(ids)[:3]} and more")
     return sorted(ids[o] for o in objects) + [worlds.NULL] * (worlds.MAX_OBJECTS - len(objects))
 
 
 def _drawn_scenes(image_size: int, n_scenes: int) -> LabelledScenes:
-    code = hashlib.sha1(Path(worlds.__file__).read_bytes()).hexdigest()  # drawn anew when the renderer changes
+    # drawn anew when the renderer changes
+    code = hashlib.sha1(Path(worlds.__file__).read_bytes()).hexdigest()
 
     def draw() -> dict:
         print(f"drawing {n_scenes} scenes of 3 frames at {image_size}×{image_size} …", flush=True)
@@ -124,10 +128,11 @@ def _drawn_scenes(image_size: int, n_scenes: int) -> LabelledScenes:
     lists = json.loads(Path(__file__).with_name("iclevr_tests.json").read_text())
     ids = {name: i for i, name in enumerate(worlds.OBJECTS)}
     tests = {name: torch.tensor([_pad_ids(s, ids, name) for s in sets]) for name, sets in lists.items()}
-    return LabelledScenes("drawn scenes", d["images"], d["labels"], d["scene"], worlds.OBJECTS, tests, d["digest"])
+    drawn = d["images"], d["labels"], d["scene"]
+    return LabelledScenes("drawn scenes", *drawn, worlds.OBJECTS, tests, d["digest"])
 
 
-# ----------------------------------------------------------------------------------------- decoding and caching
+# ---------------------------------------------------------------------- decoding and caching
 
 def load_images(folder: Path, names: Iterable[str], image_size: int) -> tuple[torch.Tensor, str]:
     """The named images as RGB, resized to a square: uint8 [N, 3, size, size], and a digest of the pixels.
@@ -139,9 +144,12 @@ def load_images(folder: Path, names: Iterable[str], image_size: int) -> tuple[to
     stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
     missing = [name for name in names if name not in stats]
     if missing:
-        raise UserError(f"{folder / missing[0]} is not there ({len(missing)} of {len(names)} images are missing): "
-                        "unpack the set again, or take them out of the list that names them")
-    key = hashlib.sha1(repr([(n, stats[n].st_size, stats[n].st_mtime_ns) for n in names]).encode()).hexdigest()
+        raise UserError(
+            f"{folder / missing[0]} is not there ({len(missing)} of {len(names)} images are missing): "
+            "unpack the set again, or take them out of the list that names them"
+        )
+    state = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in names]
+    key = hashlib.sha1(repr(state).encode()).hexdigest()
 
     def decode() -> dict:
         print(f"decoding {len(names)} images of {folder} …", flush=True)
@@ -152,7 +160,8 @@ def load_images(folder: Path, names: Iterable[str], image_size: int) -> tuple[to
                 with Image.open(folder / names[i]) as image:
                     image = image.convert("RGB")
             except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
-                raise UserError(f"{folder / names[i]} can't be read as an image ({error}): replace it") from None
+                what = f"{folder / names[i]} can't be read as an image ({error}): replace it"
+                raise UserError(what) from None
             if image.size != (image_size, image_size):
                 image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
             pixels[i] = image
@@ -185,12 +194,14 @@ def cached(path: Path, key: str, make: Callable[[], dict]) -> dict:
 
 
 class Batches:
-    """Shuffled batches of a data set, without replacement within an epoch, as a pure function of seed and step.
+    """Shuffled batches, without replacement within an epoch, as a pure function of seed and number.
 
     The tensors live on `device` where they take at most half of its free memory, else in pinned memory.
     """
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int, device: torch.device):
+    def __init__(
+        self, images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int, device: torch.device
+    ):
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.per_epoch = len(images) // batch_size
         if not self.per_epoch:
@@ -206,7 +217,8 @@ class Batches:
         epoch, at = divmod(number, self.per_epoch)
         if epoch != self.epoch:
             g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.order, self.epoch = torch.randperm(len(self.images), generator=g).to(self.images.device), epoch
+            self.order = torch.randperm(len(self.images), generator=g).to(self.images.device)
+            self.epoch = epoch
         index = self.order[at * self.batch_size:(at + 1) * self.batch_size]
         images, labels = self.images[index], self.labels[index]
         if images.device != self.device:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 
 def hinge_d(real: torch.Tensor, fake: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
-    """Hinge loss of D (Lim & Ye 2017; Miyato et al. 2018, eq. 16): E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))].
+    """Hinge loss of D, E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))] (Miyato et al. 2018, eq. 16).
 
     flip: bool [2, B]; where True a real (row 0) or fake (row 1) image counts as the other kind.
     """
@@ -20,5 +20,5 @@ def hinge_g(fake: torch.Tensor) -> torch.Tensor:
 
 
 def relativistic(real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores relative to the other kind's mean (relativistic average GAN, Jolicoeur-Martineau 2018, section 4.2.1)."""
+    """Scores relative to the mean of the other kind (relativistic average GAN, Jolicoeur-Martineau 2018)."""
     return real - fake.mean(), fake - real.mean()

@@ -43,8 +43,11 @@ class NotFinite(Exception):
     """A loss or a weight is no longer a finite number."""
 
 
+_KEPT = "last.pt keeps the last good state; try a lower learning rate"
+
+
 def entry(main: Callable[[], int | None]) -> None:
-    """Run a script's main and leave with its exit status: 2 for a user's error, 3 for a loss that is not finite."""
+    """Run a script's main and leave with its exit status: 2 for a user's error, 3 for what is not finite."""
     try:
         status = main() or 0
     except UserError as error:
@@ -58,7 +61,7 @@ def entry(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
-# ---------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------- command line
 
 FREE_ON_RESUME = ("iters", "log_every", "sample_every", "eval_every", "save_every")
 FREE_ON_USE = ("device", "precision", "judge", "seed")  # what --sample and --eval may change
@@ -72,8 +75,9 @@ class _Parser(argparse.ArgumentParser):
 def parse(Config: type, quick: dict, description: str, argv: list[str] | None = None):
     """Read the command line into (action, config, folder).
 
-    action is "train", "resume", "sample" or "eval"; folder is the run named by the last three, else None. Every
-    field of Config is a flag, its trailing comment the help. `quick` holds the values that --quick presets.
+    action is "train", "resume", "sample" or "eval"; folder is the run named by the last three, else None.
+    Every field of Config is a flag, its trailing comment the help. `quick` holds the values that --quick
+    presets.
     Raises UserError for anything that does not fit, config.json of the run included.
     """
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
@@ -132,22 +136,24 @@ def _check_ranges(cfg) -> None:
 def _read_config(Config: type, folder: Path, script: str):
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} is no run: it has no config.json. Name a folder that `python {script}` wrote")
+        raise UserError(f"{folder} is no run: it has no config.json. Name a folder that {script} wrote")
     try:
         stored = json.loads(path.read_text())
         made_by, values = stored["script"], stored["config"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a run's config: it is damaged or was not written by these scripts") from None
+        raise UserError(f"{path} is not a run's config: damaged, or not written by these scripts") from None
     if made_by != script:
         raise UserError(f"{folder} is a run of {made_by}, not of {script}: call that script")
     known = {field.name for field in dataclasses.fields(Config)}
     if set(values) != known:
-        raise UserError(f"{path} has other fields than this version of {script}: {sorted(set(values) ^ known)}. "
-                        "Use the version that wrote it")
+        raise UserError(
+            f"{path} has other fields than this version of {script}: {sorted(set(values) ^ known)}. "
+            "Use the version that wrote it"
+        )
     return Config(**values)
 
 
-# ------------------------------------------------------------------------------------------- device and seeds
+# ---------------------------------------------------------------------- device and seeds
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one, else the CPU."""
@@ -187,7 +193,7 @@ def _processor() -> str:
 
 
 def set_deterministic() -> None:
-    """Only kernels that give the same bits each time; a few are slower. Call before the first CUDA operation."""
+    """Only kernels that give the same bits each time. Call before the first CUDA operation."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -206,10 +212,10 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ---------------------------------------------------------------------- checkpoints
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a temporary file beside `path`, sync it and rename it: path is whole, or as it was."""
+    """Have `write` fill a temporary file, sync it and rename it to `path`: that is whole, or as it was."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
@@ -224,9 +230,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
     """Write state; raises NotFinite, and keeps the file there is, where a network's weight is not finite."""
     for name, value in state.items():
         for key, tensor in value.items() if isinstance(value, dict) else ():
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
-                raise NotFinite(f"{name}.{key} is not finite at step {state['step']}; {path} keeps the last good state. "
-                                "Try a lower learning rate")
+            if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
+                raise NotFinite(f"{name}.{key} is not finite at step {state['step']}. {_KEPT}")
     write_whole(path, lambda p: torch.save(state, p))
 
 
@@ -241,26 +246,28 @@ def load_checkpoint(path: Path, device: torch.device | str) -> dict:
         raise UserError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {reason})") from None
 
 
-# ----------------------------------------------------------------------------------------------------- the run
+# ---------------------------------------------------------------------- the run
 
 class Run:
-    """The folder of one training run: config.json, metrics.csv, samples/, curves.png, progress.gif, checkpoints."""
+    """The folder of a training run: config.json, metrics.csv, samples/, curves.png, progress.gif, *.pt."""
 
     def __init__(self, cfg, script: str, name: str, resume: Path | None, step: int, columns: list[str]):
-        """Make the folder (cfg.out, or runs/NAME with a number), or go on in `resume` from its checkpoint's `step`.
+        """Make the folder (cfg.out, or runs/NAME with a number), or go on in `resume` after `step`.
 
-        An existing folder is never written over: UserError. Call when nothing the user gave can be wrong any more.
+        An existing folder is never written over: UserError. Call when all of the user's input is checked.
         """
         self.iters, self.started, self.columns = cfg.iters, time.monotonic(), ["step", "seconds", *columns]
         self.folder, self.seconds_before, self.signal = resume or free_folder(cfg.out, name), 0.0, None
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         earlier = json.loads((resume / "config.json").read_text()).get("sittings", []) if resume else []
-        sitting = {"from_step": step, "command": " ".join([script, *sys.argv[1:]]), **circumstances(cfg.device)}
+        command = " ".join([script, *sys.argv[1:]])
+        sitting = {"from_step": step, "command": command, **circumstances(cfg.device)}
         content = {"script": script, "config": dataclasses.asdict(cfg), "sittings": [*earlier, sitting]}
         write_whole(self.folder / "config.json", lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
         self._cut_to(step)
         self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step) if SummaryWriter else None
-        missing = [n for n, has in (("tensorboard", SummaryWriter), ("matplotlib (for curves.png)", plt)) if not has]
+        optional = {"tensorboard": SummaryWriter, "matplotlib (for curves.png)": plt}
+        missing = [name for name, module in optional.items() if module is None]
         print(f"run: {self.folder}" + (f"; not installed: {', '.join(missing)}" if missing else ""))
         self._mark = (time.monotonic(), step)
 
@@ -270,7 +277,7 @@ class Run:
         rows = []
         if path.is_file():
             with open(path, newline="") as f:
-                rows = [row for row in csv.DictReader(f) if row["step"].isdigit() and int(row["step"]) <= step]
+                rows = [r for r in csv.DictReader(f) if r["step"].isdigit() and int(r["step"]) <= step]
         if rows:
             self.seconds_before = float(rows[-1]["seconds"])
 
@@ -305,17 +312,17 @@ class Run:
             self.writer.close()
 
     def log(self, step: int, **scalars: float) -> None:
-        """One row of metrics.csv and the same to TensorBoard; raises NotFinite for a value that is not finite."""
+        """One row of metrics.csv and the same to TensorBoard; raises NotFinite for what is not finite."""
         with open(self.folder / "metrics.csv", "a", newline="") as f:
-            row = {"step": step, "seconds": round(self.seconds, 3)} | {k: f"{v:.6g}" for k, v in scalars.items()}
+            row = {name: f"{value:.6g}" for name, value in scalars.items()}
+            row |= {"step": step, "seconds": round(self.seconds, 3)}
             csv.DictWriter(f, self.columns).writerow(row)
         if self.writer:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
         for name, value in scalars.items():
             if not math.isfinite(value):
-                raise NotFinite(f"{name} is {value} at step {step}; {self.folder}/last.pt keeps the last good state. "
-                                "Try a lower learning rate")
+                raise NotFinite(f"{name} is {value} at step {step}. {_KEPT}")
 
     def status(self, step: int, **shown: float) -> None:
         """One status line: rewritten in place on a terminal, a line of its own elsewhere."""
@@ -347,7 +354,7 @@ class Run:
 
 
 def free_folder(out: str, name: str) -> Path:
-    """`out`, which must not exist yet; where it is empty, the first of runs/NAME, runs/NAME-2, … that doesn't."""
+    """`out`, which must not exist; where it is empty, the first of runs/NAME, runs/NAME-2, … that doesn't."""
     if out:
         if Path(out).exists():
             raise UserError(f"--out {out} exists already: a run is never written over. "
@@ -359,7 +366,7 @@ def free_folder(out: str, name: str) -> Path:
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------- pictures
 
 def save_grid(path: Path, images: torch.Tensor, title: str, nrow: int = 8) -> None:
     """Write images [N, 1 or 3, H, W] in [-1, 1] as one PNG, nrow a line, the title above."""
@@ -388,7 +395,8 @@ def save_gif(path: Path, pictures: list[Path], milliseconds: int = 250) -> None:
     frames = [Image.open(p).convert("RGB") for p in pictures]
     frames = [f.resize(frames[-1].size) if f.size != frames[-1].size else f for f in frames]
     durations = [milliseconds] * (len(frames) - 1) + [2000]
-    write_whole(path, lambda p: frames[0].save(p, save_all=True, append_images=frames[1:], loop=0, duration=durations))
+    options = dict(save_all=True, append_images=frames[1:], loop=0, duration=durations)
+    write_whole(path, lambda p: frames[0].save(p, **options))
 
 
 def draw_curves(table: Path, path: Path, title: str) -> None:

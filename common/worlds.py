@@ -1,4 +1,4 @@
-"""Drawn stand-ins for the real data sets: rendered here, with known factors, so that nothing has to be downloaded.
+"""Drawn stand-ins for the real data sets, with known factors: nothing has to be downloaded.
 
 `scenes` renders what i-CLEVR shows: spheres, cubes and cylinders in eight colours on a lit grey floor.
 """
@@ -18,7 +18,7 @@ NULL = len(OBJECTS)  # pads the labels of images with fewer than three objects
 
 # The stage, in CLEVR's units: objects stand at x, y in [-3, 3] on the floor z = 0; a square seen corner-on.
 CAMERA, TARGET = (7.48, -6.51, 5.34), (0.0, 0.0, 0.05)
-TAN_X, TAN_Y = 16 / 35, 12 / 35  # half the field of view: a 35 mm lens on a 32×24 mm film, squashed to a square
+TAN_X, TAN_Y = 16 / 35, 12 / 35  # half the view of a 35 mm lens on 32×24 mm film, squashed to a square
 SIZE = {"cube": 0.58, "sphere": 0.64, "cylinder": 0.59}  # half an edge, or the radius
 CYLINDER_HALF_HEIGHT = 0.58
 REACH = 3.0  # objects stand within ± this
@@ -49,8 +49,8 @@ def scenes(n: int, image_size: int = 64, seed: int = 0, device: str | torch.devi
     for i in range(0, n, batch):
         part = {name: value[i:i + batch].to(device) for name, value in factors.items()}
         # the grain of a scene depends on its own number alone
-        grain = torch.stack([torch.randn(3, image_size, image_size, generator=torch.Generator().manual_seed(s))
-                             for s in factors["seed"][i:i + batch].tolist()])
+        generators = [torch.Generator().manual_seed(s) for s in factors["seed"][i:i + batch].tolist()]
+        grain = torch.stack([torch.randn(3, image_size, image_size, generator=g) for g in generators])
         images[i:i + batch] = _render(part, grain.to(device), image_size).cpu()
     shown = torch.arange(3)[:, None] >= torch.arange(3)  # [frame, object]
     labels = torch.where(shown, factors["object"][:, None, :], NULL).sort(2).values
@@ -58,12 +58,13 @@ def scenes(n: int, image_size: int = 64, seed: int = 0, device: str | torch.devi
 
 
 def _draw_factors(n: int, seed: int) -> dict[str, torch.Tensor]:
-    """What tells one scene from another: three different objects, where they stand and turn, and the lamps."""
+    """What tells one scene from another: three different objects, where they stand and turn, the lamps."""
     g = torch.Generator().manual_seed(seed)
     objects = torch.rand(n, len(OBJECTS), generator=g).argsort(1)[:, :MAX_OBJECTS]
     # the first object stands in the middle; whoever stands too close to an earlier one is drawn again
     place = torch.zeros(n, MAX_OBJECTS, 2)
-    radius = torch.tensor([SIZE["cube"] * math.sqrt(2), SIZE["sphere"], SIZE["cylinder"]])[objects // len(COLOURS)]
+    radius = torch.tensor([SIZE["cube"] * math.sqrt(2), SIZE["sphere"], SIZE["cylinder"]])
+    radius = radius[objects // len(COLOURS)]
     for k in range(1, MAX_OBJECTS):
         todo = torch.ones(n, dtype=torch.bool)
         while todo.any():
@@ -78,11 +79,11 @@ def _draw_factors(n: int, seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _intersect(shape: str, o: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _intersect(shape: str, o: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Where rays o + t·d [..., 3] enter a convex body standing around the origin.
 
-    Each body is an intersection of slabs, an endless cylinder or a ball, and a ray's stay in it the intersection
-    of its stays in those. Returns t of entry [...], hit [...] and the surface normal there [..., 3].
+    Each body is an intersection of slabs, an endless cylinder or a ball, and a ray's stay in it the
+    intersection of its stays in those. Returns t of entry [...], hit [...] and the normal there [..., 3].
     """
     r = SIZE[shape]
     if shape == "cube":
@@ -92,14 +93,16 @@ def _intersect(shape: str, o: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tens
         normal = -F.one_hot(axis, 3) * d.sign()
         return enter, (enter < far.amin(-1)) & (enter > 0), normal
     k = 3 if shape == "sphere" else 2  # a cylinder is a ball in x and y alone
-    a, b, c = d[..., :k].square().sum(-1), (o[..., :k] * d[..., :k]).sum(-1), o[..., :k].square().sum(-1) - r * r
+    p, q = o[..., :k], d[..., :k]
+    a, b, c = q.square().sum(-1), (p * q).sum(-1), p.square().sum(-1) - r * r
     root = (b * b - a * c)
     met, root = root > 0, root.clamp(min=0).sqrt()
     enter, leave = (-b - root) / a, (-b + root) / a
     normal = torch.cat([(o + enter[..., None] * d)[..., :k] / r, o.new_zeros(*d.shape[:-1], 3 - k)], -1)
     if shape == "cylinder":
         inv = 1 / d[..., 2]
-        near, far = -o[..., 2] * inv - CYLINDER_HALF_HEIGHT * inv.abs(), -o[..., 2] * inv + CYLINDER_HALF_HEIGHT * inv.abs()
+        half = CYLINDER_HALF_HEIGHT * inv.abs()
+        near, far = -o[..., 2] * inv - half, -o[..., 2] * inv + half
         cap = (near > enter)[..., None]
         normal = torch.where(cap, -d.sign() * d.new_tensor([0, 0, 1]), normal)
         enter, leave = enter.maximum(near), leave.minimum(far)
@@ -107,14 +110,14 @@ def _intersect(shape: str, o: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tens
 
 
 def _camera(image_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Position [3], axes (right, down, forward) [3, 3], and a ray through each pixel centre [size, size, 3]."""
+    """Position [3], axes right, down, forward [3, 3], and a ray through each pixel [size, size, 3]."""
     eye = torch.tensor(CAMERA, device=device)
     forward = F.normalize(torch.tensor(TARGET, device=device) - eye, dim=0)
     right = F.normalize(torch.linalg.cross(forward, eye.new_tensor([0, 0, 1.0])), dim=0)
     axes = torch.stack([right, torch.linalg.cross(forward, right), forward])
     at = (torch.arange(image_size, device=device) + 0.5) / image_size * 2 - 1
-    film = torch.stack([at[None, :].expand(image_size, -1) * TAN_X, at[:, None].expand(-1, image_size) * TAN_Y,
-                        torch.ones(image_size, image_size, device=device)], -1)
+    y, x = torch.meshgrid(at * TAN_Y, at * TAN_X, indexing="ij")
+    film = torch.stack([x, y, torch.ones_like(x)], -1)
     return eye, axes, film @ axes
 
 
@@ -126,7 +129,8 @@ def _render(f: dict[str, torch.Tensor], grain: torch.Tensor, size: int) -> torch
     floor = eye + rays * (-eye[2] / rays[..., 2:])  # every ray points down: [size, size, 3]
 
     # a square patch of pixels around each object's centre: its rows and columns [3n, patch]
-    shape, place, turn = (f["object"] // len(COLOURS)).flatten(), f["place"].flatten(0, 1), f["turn"].flatten()
+    objects, place, turn = f["object"].flatten(), f["place"].flatten(0, 1), f["turn"].flatten()
+    shape, colours = objects // len(COLOURS), objects % len(COLOURS)
     half_height = torch.tensor([SIZE["cube"], SIZE["sphere"], CYLINDER_HALF_HEIGHT], device=device)[shape]
     centre = torch.cat([place, half_height[:, None]], 1)
     seen = (centre - eye) @ axes.T
@@ -140,25 +144,28 @@ def _render(f: dict[str, torch.Tensor], grain: torch.Tensor, size: int) -> torch
     rows, cols = span(y, 1), span(x, 1)
     fine_rows, fine_cols = span(y, fine), span(x, fine)
 
-    # light: from lamps (points on a disc-like cloud around each) and, for the shade under things, from the sky
-    cloud = F.normalize(torch.randn(SHADOW_SAMPLES, 3, generator=torch.Generator().manual_seed(0)), dim=1) * LAMP_RADIUS
+    # light: from lamps (points around each) and, for the shade under things, from the sky
+    cloud = torch.randn(SHADOW_SAMPLES, 3, generator=torch.Generator().manual_seed(0))
+    cloud = F.normalize(cloud, dim=1) * LAMP_RADIUS
     lamp_points = f["lamps"][:, :, None] + cloud.to(device)  # [n, lamps, samples, 3]
     up = torch.arange(SHADOW_SAMPLES, device=device) * (2 * math.pi / SHADOW_SAMPLES) + 0.4
     sky = 50 * torch.stack([up.cos(), up.sin(), torch.full_like(up, 1.0)], 1)
     points = torch.cat([lamp_points, sky.expand(n, 1, -1, -1)], 1)  # [n, lights, samples, 3]
     points = points.repeat_interleave(MAX_OBJECTS, 0)
-    tint = torch.tensor([lamp[1] for lamp in LAMPS], device=device) * torch.tensor([[lamp[2]] for lamp in LAMPS], device=device)
+    tint = torch.tensor([[strength * c for c in colour] for _, colour, strength in LAMPS], device=device)
 
-    shade = torch.zeros(MAX_OBJECTS * n, len(LAMPS) + 1, size, size, device=device)  # share of a light kept away
-    paint = torch.zeros(MAX_OBJECTS * n, 4, size, size, device=device)  # colour × cover, cover
-    albedo = (torch.tensor(list(COLOURS.values()), device=device) / 255) ** 1.32  # flatter than sRGB: fits CLEVR's tone
+    # share of each light kept from a pixel by an object; its colour × cover, and cover
+    shade = torch.zeros(MAX_OBJECTS * n, len(LAMPS) + 1, size, size, device=device)
+    paint = torch.zeros(MAX_OBJECTS * n, 4, size, size, device=device)
+    # the exponent, below sRGB's 2.2, and the grey sheen were fitted to the objects' mean colours in i-CLEVR
+    albedo = (torch.tensor(list(COLOURS.values()), device=device) / 255) ** 1.32 * 1.25 + 0.10
     for s, name in enumerate(SHAPES):
         mine = (shape == s).nonzero()[:, 0]
         if not len(mine):
             continue
         cos, sin = turn[mine].cos(), turn[mine].sin()
         zero, one = torch.zeros_like(cos), torch.ones_like(cos)
-        spin = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], 1).view(-1, 1, 1, 3, 3)  # v @ spin
+        spin = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], 1).view(-1, 1, 1, 3, 3)
 
         # the object itself, and how its surface is lit
         d = fine_rays[fine_rows[mine, :, None], fine_cols[mine, None, :]]
@@ -172,7 +179,7 @@ def _render(f: dict[str, torch.Tensor], grain: torch.Tensor, size: int) -> torch
             to = f["lamps"][scene, k][:, None, None] - surface
             far = to.norm(dim=-1, keepdim=True)
             light = light + tint[k] * (normal * to).sum(-1, keepdim=True).clamp(min=0) / far**3
-        colour = light * (albedo[f["object"].flatten()[mine] % len(COLOURS)][:, None, None] * 1.25 + 0.10)
+        colour = light * albedo[colours[mine]][:, None, None]
         drawn = torch.cat([colour, torch.ones_like(t)[..., None]], -1) * hit[..., None]
         drawn = F.avg_pool2d(drawn.permute(0, 3, 1, 2), fine)
         paint[mine[:, None, None], :, rows[mine, :, None], cols[mine, None, :]] = drawn.permute(0, 2, 3, 1)
@@ -185,7 +192,8 @@ def _render(f: dict[str, torch.Tensor], grain: torch.Tensor, size: int) -> torch
             for j in range(SHADOW_SAMPLES):
                 d = ((points[mine, k, j][:, None, None] - ground)[..., None, :] @ spin)[..., 0, :]
                 dark += _intersect(name, o, d)[1]
-            shade[mine[:, None, None], k, rows[mine, :, None], cols[mine, None, :]] = dark * (SHADOW / SHADOW_SAMPLES)
+            dark *= SHADOW / SHADOW_SAMPLES
+            shade[mine[:, None, None], k, rows[mine, :, None], cols[mine, None, :]] = dark
 
     # frame by frame: the floor under what light is left, then the objects from the farthest to the nearest
     shade, paint = shade.view(n, MAX_OBJECTS, -1, size, size), paint.view(n, MAX_OBJECTS, 4, size, size)

@@ -1,7 +1,7 @@
 """Keep a finished run's figures under results/, and build the README's table from all that is kept.
 
-    python results/record.py runs/NAME KEPT_AS [--note TEXT]     # writes results/KEPT_AS.json and .png, then the table
-    python results/record.py                                     # the table alone
+    python results/record.py runs/NAME KEPT_AS [--note TEXT]   # results/KEPT_AS.json and .png, then the table
+    python results/record.py                                   # the table alone
 """
 import argparse
 import json
@@ -16,7 +16,7 @@ START, END = "<!-- results: built by results/record.py -->", "<!-- end of result
 
 
 def record(folder: Path, name: str, note: str) -> None:
-    """results/NAME.json from the run's config.json, scores.json and metrics.csv; its test grid as results/NAME.png."""
+    """results/NAME.json from the run's config, scores and metrics; its test grid as results/NAME.png."""
     config = json.loads((folder / "config.json").read_text())
     scores = json.loads((folder / "scores.json").read_text())
     last_row = (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
@@ -37,22 +37,25 @@ def rows() -> list[str]:
             continue
         scores = kept["scores"]
         best = scores["best"]
-        figures = " / ".join("{:.3f} ± {:.3f}".format(*best[t]["accuracy"]) for t in ("test", "new_test"))
-        time = f"{kept['iterations']:,} in {kept['seconds'] / 60:.0f} min on {kept['sittings'][0]['hardware']}"
-        note = f"<br>{kept['note']}" if kept["note"] else ""
-        lines.append(f"| `python {kept['command']}`{note} | {scores['data']} | {figures} ({scores['draws']} draws of z) | "
-                     f"{scores['judge']} | {time} | [grid](results/{path.stem}.png), [all figures](results/{path.name}) |")
+        accuracy = ["{:.3f} ± {:.3f}".format(*best[test]["accuracy"]) for test in ("test", "new_test")]
+        hardware = kept["sittings"][0]["hardware"]
+        cells = [f"`python {kept['command']}`" + (f"<br>{kept['note']}" if kept["note"] else ""),
+                 scores["data"], f"{' / '.join(accuracy)} ({scores['draws']} draws)", scores["judge"],
+                 f"{kept['iterations']:,} in {kept['seconds'] / 60:.0f} min on {hardware}",
+                 f"[grid](results/{path.stem}.png), [all figures](results/{path.name})"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("folder", type=Path, nargs="?", help="the run")
     parser.add_argument("name", nargs="?", help="what to keep it as")
     parser.add_argument("--note", default="", help="a remark for the table")
     args = parser.parse_args()
     if args.folder and not (args.name and (args.folder / "scores.json").is_file()):
-        print(f"error: {args.folder}: give a run that has scores.json (made by --eval) and a name", file=sys.stderr)
+        print(f"error: {args.folder}: give a run with scores.json (see --eval) and a name", file=sys.stderr)
         return 2
     if args.folder:
         record(args.folder, args.name, args.note)

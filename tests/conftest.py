@@ -1,4 +1,5 @@
-"""Everything here is offline and runs in a temporary folder: scripts keep data/ and runs/ in the working directory."""
+"""Everything here is offline and runs in a temporary folder: scripts keep data/ and runs/ in the working
+directory."""
 import json
 import os
 import subprocess
@@ -15,14 +16,39 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
 # a run of seconds: drawn data, narrow networks, a judge that has hardly learnt
-TINY = ["--data", "drawn", "--n-scenes", "24", "--image-size", "32", "--ch", "2", "--batch-size", "8", "--n-dis", "2",
-        "--z-dim", "8", "--judge-width", "8", "--judge-steps", "4", "--eval-draws", "2", "--log-every", "2",
-        "--device", "cpu"]
+TINY = [
+    "--data",
+    "drawn",
+    "--n-scenes",
+    "24",
+    "--image-size",
+    "32",
+    "--ch",
+    "2",
+    "--batch-size",
+    "8",
+    "--n-dis",
+    "2",
+    "--z-dim",
+    "8",
+    "--judge-width",
+    "8",
+    "--judge-steps",
+    "4",
+    "--eval-draws",
+    "2",
+    "--log-every",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 def script(name: str, *args: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run a script of the project as a user does."""
-    return subprocess.run(command(name, *args), cwd=cwd, capture_output=True, text=True, timeout=200, env=environment())
+    return subprocess.run(
+        command(name, *args), cwd=cwd, capture_output=True, text=True, timeout=200, env=environment()
+    )
 
 
 def command(name: str, *args: str) -> list[str]:
@@ -42,8 +68,21 @@ def workdir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(workdir) -> Path:
     """A finished run of nine iterations."""
-    done = script("sngan_iclevr.py", *TINY, "--iters", "9", "--out", "runs/tiny", "--sample-every", "3", "--eval-every",
-                  "4", "--save-every", "4", cwd=workdir)
+    done = script(
+        "sngan_iclevr.py",
+        *TINY,
+        "--iters",
+        "9",
+        "--out",
+        "runs/tiny",
+        "--sample-every",
+        "3",
+        "--eval-every",
+        "4",
+        "--save-every",
+        "4",
+        cwd=workdir,
+    )
     assert done.returncode == 0, done.stderr
     return workdir / "runs" / "tiny"
 
@@ -61,8 +100,12 @@ def make_iclevr(folder: Path, n_scenes: int = 6) -> Path:
             Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / "images" / name)
             train[name] = objects[: frame + 1]
     ids = {name: i for i, name in enumerate(worlds.OBJECTS)}
-    for name, content in (("train", train), ("objects", ids), ("test", [["red cube"], ["gray sphere", "blue cube"]]),
-                          ("new_test", [["cyan cylinder"]])):
+    for name, content in (
+        ("train", train),
+        ("objects", ids),
+        ("test", [["red cube"], ["gray sphere", "blue cube"]]),
+        ("new_test", [["cyan cylinder"]]),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 

@@ -30,7 +30,9 @@ def randomise_norms(net: nn.Module) -> None:
 
 def test_spectral_norm_reaches_one_on_every_layer_of_d_but_the_joining_one():
     D = Discriminator(NULL, 4, 32, "linear")
-    weighted = {name: m for name, m in D.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))}
+    weighted = {
+        name: m for name, m in D.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))
+    }
     assert len(weighted) == 3 * 4 + 3  # four blocks of three convolutions; linear, embed, join
     for _ in range(60):
         with blocks.normed_once(D):
@@ -81,7 +83,10 @@ def test_normed_once_lets_gradients_through():
 def test_conditional_batch_norm_is_its_formula():
     norm = blocks.ConditionalBatchNorm(5, NULL)
     randomise_norms(norm)
-    x, ids = torch.randn(4, 5, 3, 3), torch.tensor([[1, 2, 3], [4, 5, NULL], [6, NULL, NULL], [NULL, NULL, NULL]])
+    x, ids = (
+        torch.randn(4, 5, 3, 3),
+        torch.tensor([[1, 2, 3], [4, 5, NULL], [6, NULL, NULL], [NULL, NULL, NULL]]),
+    )
     out = norm(x, ids)
     mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
     for b in range(4):
@@ -118,7 +123,8 @@ def test_down_block_is_the_paper_s_order_of_layers(first):
     assert block.conv1.out_channels == (8 if first else 3)
 
 
-# ---------------------------------------------------------------------------------------- labels in G and in D
+# ---------------------------------------------------------------------------------------- labels in G and in
+# D
 
 def networks(label_embed: str) -> tuple[Generator, Discriminator]:
     G, D, _ = build(Config(ch=4, image_size=32, z_dim=8, label_embed=label_embed), NULL, torch.device("cpu"))
@@ -176,7 +182,13 @@ def test_full_size_has_the_widths_of_the_write_up():
     G, D, _ = build(Config(), NULL, torch.device("cpu"))
     assert G.first.weight.shape == (16 * 64 * 4 * 4, 128)
     assert [b.conv1.weight.shape[:2] for b in G.blocks] == [(512, 1024), (256, 512), (128, 256), (64, 128)]
-    assert [b.conv2.weight.shape[:2] for b in D.blocks] == [(64, 64), (128, 64), (256, 128), (512, 256), (1024, 512)]
+    assert [b.conv2.weight.shape[:2] for b in D.blocks] == [
+        (64, 64),
+        (128, 64),
+        (256, 128),
+        (512, 256),
+        (1024, 512),
+    ]
     assert D.embed.weight.shape == (25, 1024) and D.join.weight.shape == (1024, 3 * 1024)
 
 
@@ -202,5 +214,8 @@ def test_flipped_labels_swap_real_and_fake():
 def test_relativistic_hinge_is_its_formula():
     real, fake = torch.randn(2, 9).unbind(0)
     d_loss = losses.hinge_d(*losses.relativistic(real, fake))
-    expected = sum(max(0, 1 - (r - fake.mean())) for r in real) / 9 + sum(max(0, 1 + f - real.mean()) for f in fake) / 9
+    expected = (
+        sum(max(0, 1 - (r - fake.mean())) for r in real) / 9
+        + sum(max(0, 1 + f - real.mean()) for f in fake) / 9
+    )
     torch.testing.assert_close(d_loss, expected)

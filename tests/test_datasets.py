@@ -82,15 +82,32 @@ BROKEN = {
     "empty": (lambda f: [os.remove(p) for p in f.glob("*.json")], "objects.json is not there"),
     "no images": (lambda f: (f / "images").rename(f / "other"), "has no images/"),
     "no test list": (lambda f: (f / "new_test.json").unlink(), "new_test.json is not there"),
-    "image missing": (lambda f: (f / "images" / "CLEVR_train_000001_2.png").unlink(), "CLEVR_train_000001_2.png is not"),
-    "unknown object": (lambda f: edit(f, "train.json", lambda c: c.update({"CLEVR_train_000000_0.png": ["pink cube"]})),
-                       "unknown object 'pink cube'"),
-    "four objects": (lambda f: edit(f, "test.json", lambda c: c[0].extend(["red cube"] * 3)), "1 to 3 objects"),
-    "no objects": (lambda f: edit(f, "train.json", lambda c: c.update({"CLEVR_train_000000_0.png": []})), "1 to 3 objects"),
-    "unreadable": (lambda f: (f / "images" / "CLEVR_train_000002_0.png").write_bytes(b"\x89PNG no more"),
-                   "CLEVR_train_000002_0.png can't be read"),
-    "truncated": (lambda f: (f / "images" / "CLEVR_train_000002_0.png").write_bytes(
-        (f / "images" / "CLEVR_train_000002_0.png").read_bytes()[:900]), "CLEVR_train_000002_0.png can't be read"),
+    "image missing": (
+        lambda f: (f / "images" / "CLEVR_train_000001_2.png").unlink(),
+        "CLEVR_train_000001_2.png is not",
+    ),
+    "unknown object": (
+        lambda f: edit(f, "train.json", lambda c: c.update({"CLEVR_train_000000_0.png": ["pink cube"]})),
+        "unknown object 'pink cube'",
+    ),
+    "four objects": (
+        lambda f: edit(f, "test.json", lambda c: c[0].extend(["red cube"] * 3)),
+        "1 to 3 objects",
+    ),
+    "no objects": (
+        lambda f: edit(f, "train.json", lambda c: c.update({"CLEVR_train_000000_0.png": []})),
+        "1 to 3 objects",
+    ),
+    "unreadable": (
+        lambda f: (f / "images" / "CLEVR_train_000002_0.png").write_bytes(b"\x89PNG no more"),
+        "CLEVR_train_000002_0.png can't be read",
+    ),
+    "truncated": (
+        lambda f: (f / "images" / "CLEVR_train_000002_0.png").write_bytes(
+            (f / "images" / "CLEVR_train_000002_0.png").read_bytes()[:900]
+        ),
+        "CLEVR_train_000002_0.png can't be read",
+    ),
     "25 classes": (break_objects, "24 object names"),
     "no json": (lambda f: (f / "train.json").write_text("{"), "not valid JSON"),
 }

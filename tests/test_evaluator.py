@@ -29,7 +29,11 @@ def test_count_objects_by_hand():
     result = evaluator.count_objects(scores, labels)
     assert result["accuracy"] == pytest.approx(6 / 9)
     assert result["exact"] == pytest.approx(2 / 4)
-    assert result["accuracy_1"] == 1 and result["accuracy_2"] == 0.5 and result["accuracy_3"] == pytest.approx(4 / 6)
+    assert (
+        result["accuracy_1"] == 1
+        and result["accuracy_2"] == 0.5
+        and result["accuracy_3"] == pytest.approx(4 / 6)
+    )
 
 
 def test_score_sets_means_over_draws_of_z():
@@ -39,7 +43,10 @@ def test_score_sets_means_over_draws_of_z():
     def sample(z, labels):
         seen.append(z.clone())
         return z[:, :1, None, None] * torch.ones(1, 3, 64, 64)
-    judge = evaluator.Judge(lambda x: torch.nn.functional.one_hot((x[:, 0, 0, 0] > 0).long(), 24).float(), "", None)
+
+    judge = evaluator.Judge(
+        lambda x: torch.nn.functional.one_hot((x[:, 0, 0, 0] > 0).long(), 24).float(), "", None
+    )
     state = torch.get_rng_state()
     result = evaluator.score_sets(sample, 4, judge, sets, draws=6, seed=1, device=CPU)["one"]
     assert torch.equal(torch.get_rng_state(), state)
@@ -75,8 +82,13 @@ def test_refused_judges(tmp_path):
     state = {k: v for k, v in state.items() if not k.startswith("layer3")}
     state["fc.0.weight"], state["fc.0.bias"] = torch.zeros(24, 512), torch.zeros(24)
     torch.save({"model": state}, tmp_path / "part.pth")
-    for name, message in (("23.pth", "23 classes"), ("other.pth", "is not a judge"), ("text.pth", "is not a judge"),
-                          ("part.pth", "is no ResNet-18"), ("none.pth", "no such file")):
+    for name, message in (
+        ("23.pth", "23 classes"),
+        ("other.pth", "is not a judge"),
+        ("text.pth", "is not a judge"),
+        ("part.pth", "is no ResNet-18"),
+        ("none.pth", "no such file"),
+    ):
         with pytest.raises(UserError, match=message):
             evaluator.get_judge(str(tmp_path / name), data_of(24), 64, 1, CPU)
 

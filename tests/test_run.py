@@ -56,12 +56,37 @@ def test_quick_is_a_preset_that_flags_override():
 
 def test_defaults_are_the_write_up_s():
     cfg = Config()
-    assert (cfg.iters, cfg.batch_size, cfg.n_dis, cfg.lr_g, cfg.lr_d, cfg.ch) == (30_000, 64, 4, 3e-4, 1e-4, 64)
-    assert (cfg.z_dim, cfg.image_size, cfg.add_noise, cfg.relativistic, cfg.flip_labels) == (128, 64, True, False, 0)
+    assert (cfg.iters, cfg.batch_size, cfg.n_dis, cfg.lr_g, cfg.lr_d, cfg.ch) == (
+        30_000,
+        64,
+        4,
+        3e-4,
+        1e-4,
+        64,
+    )
+    assert (cfg.z_dim, cfg.image_size, cfg.add_noise, cfg.relativistic, cfg.flip_labels) == (
+        128,
+        64,
+        True,
+        False,
+        0,
+    )
 
 
-@pytest.mark.parametrize("argv", [["--iters", "0"], ["--iters", "-3"], ["--lr", "-1"], ["--lr", "nan"], ["--lr", "x"],
-                                  ["--loss", "c"], ["--nothing", "1"], ["--log-every", "-1"], ["--ite", "3"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--iters", "0"],
+        ["--iters", "-3"],
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--lr", "x"],
+        ["--loss", "c"],
+        ["--nothing", "1"],
+        ["--log-every", "-1"],
+        ["--ite", "3"],
+    ],
+)
 def test_values_out_of_range_are_refused(argv):
     with pytest.raises(run.UserError):
         parse(*argv)
@@ -80,9 +105,15 @@ def test_resume_takes_the_stored_config_and_longer_iters(tmp_path):
     assert action == "resume" and str(where) == folder and cfg == Small(iters=20, lr=0.25, log_every=1)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--lr", "0.5"], "lr is 0.25 there and 0.5 here"), (["--no-trick", "--loss", "b"], "trick is True there.*loss is 'a' there"),
-    (["--quick"], "--quick is for a new run"), (["--iters", "0"], "--iters 0")])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--lr", "0.5"], "lr is 0.25 there and 0.5 here"),
+        (["--no-trick", "--loss", "b"], "trick is True there.*loss is 'a' there"),
+        (["--quick"], "--quick is for a new run"),
+        (["--iters", "0"], "--iters 0"),
+    ],
+)
 def test_resume_refuses_another_config_and_names_the_fields(tmp_path, argv, message):
     with pytest.raises(run.UserError, match=message):
         parse("--resume", stored(tmp_path / "a", lr=0.25), *argv)

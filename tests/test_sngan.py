@@ -37,21 +37,36 @@ def same_runs(a, b) -> None:
         one, other = (torch.load(f / name, weights_only=True) for f in (a, b))
         one["config"].pop("out"), other["config"].pop("out")
         same(one, other, name)
-    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(f / "metrics.csv"))]
-            for f in (a, b)]
+    rows = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(f / "metrics.csv"))]
+        for f in (a, b)
+    ]
     assert rows[0] == rows[1]
     pictures = [{p.name: p.read_bytes() for p in (f / "samples").iterdir()} for f in (a, b)]
     assert pictures[0] == pictures[1]
 
 
 def test_a_run_leaves_everything(tiny_run):
-    for name in ("config.json", "metrics.csv", "last.pt", "best.pt", "progress.gif", "scores.json", "test.png",
-                 "new_test.png", "real_beside_generated.png", "objects.png", "interpolation.png"):
+    for name in (
+        "config.json",
+        "metrics.csv",
+        "last.pt",
+        "best.pt",
+        "progress.gif",
+        "scores.json",
+        "test.png",
+        "new_test.png",
+        "real_beside_generated.png",
+        "objects.png",
+        "interpolation.png",
+    ):
         assert (tiny_run / name).stat().st_size > 0, name
     rows = list(csv.DictReader(open(tiny_run / "metrics.csv")))
     assert [r["step"] for r in rows if r["d_loss"]] == ["2", "4", "6", "8", "9"]
     assert [r["step"] for r in rows if r["accuracy_test"]] == ["4", "8", "9"]
-    assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == [f"step_000000{i}.png" for i in (3, 6, 9)]
+    assert sorted(p.name for p in (tiny_run / "samples").iterdir()) == [
+        f"step_000000{i}.png" for i in (3, 6, 9)
+    ]
     scores = json.loads((tiny_run / "scores.json").read_text())
     assert scores["data"] == "drawn scenes" and "held-out accuracy" in scores["judge"]
     for which in ("best", "last"):
@@ -66,7 +81,9 @@ def test_a_run_leaves_everything(tiny_run):
 
 def test_null_rows_stay_exactly_zero_through_training(tiny_run):
     state = torch.load(tiny_run / "last.pt", weights_only=True)
-    tables = {k: v for k, v in state["G"].items() if k.endswith((".gain.weight", ".bias.weight")) and len(v) == 25}
+    tables = {
+        k: v for k, v in state["G"].items() if k.endswith((".gain.weight", ".bias.weight")) and len(v) == 25
+    }
     assert len(tables) == 2 * 2 * 3  # two tables in two norms of three blocks
     tables["D"] = state["D"]["embed.parametrizations.weight.original"]
     for name, table in tables.items():
@@ -105,8 +122,14 @@ def uninterrupted(workdir, tiny_run):
 @pytest.mark.parametrize("how, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(workdir, uninterrupted, how, status):
     folder = workdir / "runs" / how.name
-    process = subprocess.Popen(command("sngan_iclevr.py", *LONG, "--out", str(folder)), cwd=workdir, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    process = subprocess.Popen(
+        command("sngan_iclevr.py", *LONG, "--out", str(folder)),
+        cwd=workdir,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
     table = folder / "metrics.csv"
     wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 9, process)
     process.send_signal(how)
@@ -129,9 +152,23 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(workdir, uninterru
 
 
 def test_a_diverging_run_stops_with_3_and_keeps_the_last_good_state(workdir, tiny_run):
-    args = [*TINY, "--iters", "40", "--save-every", "1", "--lr-g", "1e30", "--judge", "none", "--out", "runs/diverged"]
+    args = [
+        *TINY,
+        "--iters",
+        "40",
+        "--save-every",
+        "1",
+        "--lr-g",
+        "1e30",
+        "--judge",
+        "none",
+        "--out",
+        "runs/diverged",
+    ]
     done = script("sngan_iclevr.py", *args, cwd=workdir)
-    assert done.returncode == 3 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 3 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
     checkpoint = workdir / "runs" / "diverged" / "last.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -139,8 +176,21 @@ def test_a_diverging_run_stops_with_3_and_keeps_the_last_good_state(workdir, tin
 
 
 def test_every_trick_trains(workdir, tiny_run):
-    tricks = ["--no-add-noise", "--flip-labels", "0.1", "--relativistic", "--lr-decay-from", "2", "--label-embed", "sum",
-              "--precision", "bf16", "--ema", "0", "--deterministic"]
+    tricks = [
+        "--no-add-noise",
+        "--flip-labels",
+        "0.1",
+        "--relativistic",
+        "--lr-decay-from",
+        "2",
+        "--label-embed",
+        "sum",
+        "--precision",
+        "bf16",
+        "--ema",
+        "0",
+        "--deterministic",
+    ]
     done = script("sngan_iclevr.py", *TINY, *tricks, "--iters", "4", "--out", "runs/tricks", cwd=workdir)
     assert done.returncode == 0, done.stderr
     state = torch.load(workdir / "runs" / "tricks" / "last.pt", weights_only=True)
@@ -166,8 +216,20 @@ def test_an_iteration_reads_nothing_back(tmp_path, monkeypatch, trick):
     load_iclevr("drawn", 32, 24)  # draws and caches them
     counts = []
     for iters in (2, 5):
-        cfg = sngan_iclevr.Config(iters=iters, data="drawn", n_scenes=24, image_size=32, ch=2, batch_size=8, z_dim=8,
-                                  judge="none", out=f"runs/{iters}", log_every=100, device="cpu", **trick)
+        cfg = sngan_iclevr.Config(
+            iters=iters,
+            data="drawn",
+            n_scenes=24,
+            image_size=32,
+            ch=2,
+            batch_size=8,
+            z_dim=8,
+            judge="none",
+            out=f"runs/{iters}",
+            log_every=100,
+            device="cpu",
+            **trick,
+        )
         with CountReads() as mode:
             assert sngan_iclevr.train(cfg) == 0
         counts.append(mode.reads)
@@ -226,5 +288,7 @@ def test_resume_with_another_config_or_other_images(workdir, tiny_run):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_short_run_on_cuda(tmp_path):
     args = [a for a in TINY if a not in ("--device", "cpu")]
-    done = script("sngan_iclevr.py", *args, "--iters", "4", "--device", "cuda", "--precision", "bf16", cwd=tmp_path)
+    done = script(
+        "sngan_iclevr.py", *args, "--iters", "4", "--device", "cuda", "--precision", "bf16", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,9 @@ def test_objects_do_not_overlap():
     f = worlds._draw_factors(400, 0)
     shape = f["object"] // 8
     # footprints: a disc for round things, the disc around it for a cube
-    radius = torch.tensor([worlds.SIZE["cube"] * math.sqrt(2), worlds.SIZE["sphere"], worlds.SIZE["cylinder"]])[shape]
+    radius = torch.tensor(
+        [worlds.SIZE["cube"] * math.sqrt(2), worlds.SIZE["sphere"], worlds.SIZE["cylinder"]]
+    )[shape]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         apart = (f["place"][:, a] - f["place"][:, b]).norm(dim=1)
         assert (apart >= radius[:, a] + radius[:, b] + worlds.GAP - 1e-5).all()
