@@ -173,7 +173,6 @@ def train_judge(data: LabelledScenes, width: int, steps: int, device: torch.devi
         opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=2e-3, total_steps=steps, pct_start=0.2)
         head, net.fc = net.fc, net.fc[0]  # trained on logits
-        nn.init.constant_(net.fc.bias, -2.4)  # two of 24 objects are there: log(2/22)
         start, total = time.monotonic(), torch.zeros((), device=device)
         order = torch.randperm(0)
         for step in range(1, steps + 1):

@@ -145,7 +145,8 @@ def train(cfg: Config, resume: Path | None = None) -> int:
     opt_d = torch.optim.Adam(D.parameters(), torch.tensor(cfg.lr_d, device=device), **adam)
     ema_weight = torch.tensor(1.0, device=device)  # the new G's share in the average
     names = ("d_loss", "g_loss", "d_real", "d_fake")
-    sums, start, best = torch.zeros(len(names), device=device), 0, -1.0  # sums of those since the last log
+    sums, logged = torch.zeros(len(names), device=device), 0  # their sums since the step last logged
+    start, best = 0, -1.0
 
     # ---- resume
     if resume is not None and (resume / "last.pt").exists():
@@ -154,7 +155,7 @@ def train(cfg: Config, resume: Path | None = None) -> int:
             raise run.UserError(f"{cfg.data} no longer holds the images of {resume}: bring them back")
         for name, thing in (("G", G), ("D", D), ("ema", ema), ("opt_g", opt_g), ("opt_d", opt_d)):
             thing.load_state_dict(state[name])
-        start, best, sums = state["step"], state["best"], state["sums"]
+        start, best, sums, logged = (state[key] for key in ("step", "best", "sums", "logged"))
         run.set_rng_state(state["rng"], device)
 
     # ---- one iteration: n_dis steps of D, one of G, the average. The host reads nothing back
@@ -216,8 +217,8 @@ def train(cfg: Config, resume: Path | None = None) -> int:
     def save(name: str, step: int) -> None:
         run.save_checkpoint(folder.folder / name, dict(
             G=G.state_dict(), D=D.state_dict(), ema=ema.state_dict(), opt_g=opt_g.state_dict(),
-            opt_d=opt_d.state_dict(), step=step, best=best, sums=sums, data=data.digest,
-            rng=run.rng_state(device), config=vars(cfg)))
+            opt_d=opt_d.state_dict(), step=step, best=best, sums=sums, logged=logged,
+            data=data.digest, rng=run.rng_state(device), config=vars(cfg)))
 
     def score(net: Generator) -> dict[str, dict]:
         return evaluator.score_sets(net, cfg.z_dim, judge, scored, cfg.eval_draws, cfg.seed, device)
@@ -229,7 +230,7 @@ def train(cfg: Config, resume: Path | None = None) -> int:
     columns = [*names, *(f"accuracy_{name}" for name in scored)]
     name = "sngan_iclevr" + ("-drawn" if cfg.data == "drawn" else "")
     with run.Run(cfg, Path(__file__).name, name, resume, start, columns) as folder:
-        step, logged = start, start - (start % cfg.log_every if cfg.log_every else 0)
+        step = start
         for step in range(start + 1, cfg.iters + 1):
             if cfg.lr_decay_from and step > cfg.lr_decay_from:
                 left = (cfg.iters - step + 1) / (cfg.iters - cfg.lr_decay_from)

@@ -20,7 +20,7 @@ NULL = len(OBJECTS)  # pads the labels of images with fewer than three objects
 CAMERA, TARGET = (7.48, -6.51, 5.34), (0.0, 0.0, 0.05)
 TAN_X, TAN_Y = 16 / 35, 12 / 35  # half the view of a 35 mm lens on 32×24 mm film, squashed to a square
 SIZE = {"cube": 0.58, "sphere": 0.64, "cylinder": 0.59}  # half an edge, or the radius
-CYLINDER_HALF_HEIGHT = 0.58
+CYLINDER_HALF_HEIGHT = 0.65
 REACH = 3.0  # objects stand within ± this
 GAP = 0.25  # at least this much floor between two objects
 PATCH = 0.5  # side of the square drawn around an object, as a share of the image
@@ -38,12 +38,14 @@ SHADOW_SAMPLES = 4  # points on each lamp; the sky has as many
 
 
 def scenes(n: int, image_size: int = 64, seed: int = 0, device: str | torch.device = "cpu",
-           batch: int = 48) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+           batch: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Render n scenes of three nested frames: frame k shows the scene's first k + 1 objects.
 
     Returns images uint8 [3n, 3, image_size, image_size], labels int64 [3n, 3] (object ids in ascending order,
-    padded with NULL) and scene numbers int64 [3n]. One seed gives the same pixels for any `batch`.
+    padded with NULL) and scene numbers int64 [3n]. One seed gives the same pixels for any `batch`, the number
+    of scenes rendered at once.
     """
+    batch = batch or (48 if torch.device(device).type == "cpu" else 512)
     factors = _draw_factors(n, seed)
     images = torch.empty(n, 3, 3, image_size, image_size, dtype=torch.uint8)
     for i in range(0, n, batch):
