@@ -59,9 +59,9 @@ class Config:
     lr_decay_from: int = 0  # iteration from which both rates fall linearly to 0 at the last; 0: never
 
 
-QUICK = dict(iters=1000, batch_size=32, lr_g=5e-4, lr_d=3e-4, n_dis=2, ch=16, image_size=32, ema=0.99,
-             n_scenes=2000, log_every=50, sample_every=100, eval_every=250, save_every=250,
-             judge_width=16, judge_steps=1500)
+QUICK = dict(iters=2000, batch_size=32, lr_g=1.2e-3, lr_d=6e-4, n_dis=1, ch=16, image_size=32, ema=0.99,
+             n_scenes=2000, log_every=50, sample_every=100, eval_every=500, save_every=500,
+             judge_width=16, judge_steps=1000, label_embed="sum")
 
 
 # ---------------------------------------------------------------------- networks
