@@ -112,7 +112,8 @@ def main() -> None:
         times = {"script": script, "plain": plain}[args.only](args)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(json.dumps({"seconds": median(times), "mib": memory, "worker_mib": workers}))
+        figures = {"seconds": median(times), "mib": memory}
+        print(json.dumps(figures | ({"worker_mib": workers} if args.only == "plain" else {})))
         return
 
     rounds = []
@@ -137,7 +138,9 @@ def main() -> None:
               + (f" and {r['worker_mib']:.0f} MiB in a worker" if which == "plain" else ""))
     print(f"plain ÷ script: {result['plain ÷ script, median of rounds']}")
     if args.json:
-        result["settings"] = {k: v for k, v in vars(args).items() if k not in ("json", "only", "folder")}
+        from common.run import circumstances
+        result["command"] = " ".join(["benchmarks/step_time.py", *sys.argv[1:]])
+        result |= circumstances("cpu")
         Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -244,14 +244,19 @@ def refuses(tmp_path, monkeypatch, capsys):
     def check(*argv, message):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", ["sngan_iclevr.py", *argv])
-        before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and "cache" not in p.name}
+        before = {
+            p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and "cache" not in p.name
+        }
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             sngan_iclevr.run.entry(sngan_iclevr.main)
         error = capsys.readouterr().err
         assert left.value.code == 2
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
-        assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and "cache" not in p.name} == before
+        assert {
+            p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and "cache" not in p.name
+        } == before
+
     return check
 
 
