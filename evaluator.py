@@ -163,6 +163,8 @@ def train_judge(data: LabelledScenes, width: int, steps: int, device: torch.devi
     The held-out scenes are looked at once, after training: nothing is chosen by them. The global random state
     is left alone.
     """
+    if len(data.scene.unique()) < 10:
+        raise UserError(f"{data.name} has fewer than 10 scenes, too few for a judge: use --judge none")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         net = JudgeNet(len(data.classes), width).to(device)
@@ -223,6 +225,8 @@ def main() -> None:
     parser.add_argument("--judge-steps", type=int, default=5000, help="training steps of 32 images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args()
+    if min(args.image_size, args.judge_width, args.judge_steps) < 1:
+        raise UserError("--image-size, --judge-width and --judge-steps must be at least 1")
     device = pick_device(args.device)
     data = load_iclevr(pick_source(args.data, "data/iclevr"), args.image_size)
     judge = get_judge("auto", data, args.judge_width, args.judge_steps, device)

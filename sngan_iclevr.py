@@ -323,7 +323,7 @@ def draw(cfg: Config, ema: Generator, data: LabelledScenes, folder: Path, headin
     run.save_grid(folder / "objects.png", make(alone, one_z), f"{heading}: each object alone, one z")
 
     labels = data.tests["test"][torch.randperm(len(data.tests["test"]), generator=g)[:6]]
-    ends = torch.randn(2, 6, 1, cfg.z_dim, generator=g)
+    ends = torch.randn(2, len(labels), 1, cfg.z_dim, generator=g)
     way = ends[0] + torch.linspace(0, 1, 8)[:, None] * (ends[1] - ends[0])  # [6, 8, z_dim]
     run.save_grid(folder / "interpolation.png", make(labels.repeat_interleave(8, 0), way.flatten(0, 1)),
                   f"{heading}: from one z to another, labels fixed along a row")

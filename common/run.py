@@ -404,18 +404,18 @@ def draw_curves(table: Path, path: Path, title: str) -> None:
     with open(table, newline="") as f:
         rows = list(csv.DictReader(f))
     names = [n for n in (rows[0] if rows else {}) if n not in ("step", "seconds")]
-    figure, axes = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
     for name in names:
         points = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
         if points:
-            score = "accuracy" in name
-            axes[score].plot(*zip(*points), marker="." if score else None, linewidth=1, label=name)
-    for ax in axes:
+            ax, marker = (below, ".") if "accuracy" in name else (above, None)
+            ax.plot(*zip(*points), marker=marker, linewidth=1, label=name)
+    for ax in (above, below):
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize=8)
-    axes[0].set_title(title, fontsize=9)
-    axes[1].set_xlabel("iteration")
+    above.set_title(title, fontsize=9)
+    below.set_xlabel("iteration")
     figure.tight_layout()
     write_whole(path, lambda p: figure.savefig(p, dpi=110))
     plt.close(figure)

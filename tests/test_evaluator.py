@@ -112,6 +112,11 @@ def test_a_judge_learns_is_cached_and_leaves_the_random_state_alone(tmp_path, mo
     assert torch.equal(again(images), judge(images))
 
 
+def test_too_few_scenes_for_a_judge_are_refused(iclevr):
+    with pytest.raises(UserError, match="fewer than 10 scenes"):
+        evaluator.train_judge(load_iclevr(str(iclevr), 32), 8, 2, CPU)
+
+
 def test_augmentation_moves_whole_images():
     torch.manual_seed(0)
     x = torch.zeros(200, 3, 16, 16)

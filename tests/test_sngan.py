@@ -200,6 +200,16 @@ def test_every_trick_trains(workdir, tiny_run):
         assert state[opt]["param_groups"][0]["lr"].item() == pytest.approx(rate / 2)
 
 
+def test_a_folder_of_the_real_layout_trains_to_the_end(tmp_path, iclevr, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = sngan_iclevr.Config(iters=2, data=str(iclevr), image_size=32, ch=2, batch_size=4, z_dim=8,
+                              judge="none", out="runs/real", device="cpu")
+    assert sngan_iclevr.train(cfg) == 0
+    with Image.open(tmp_path / "runs" / "real" / "interpolation.png") as grid:
+        assert grid.height < 3 * 66 + 20  # two sets, two rows
+    assert not (tmp_path / "runs" / "real" / "best.pt").exists()
+
+
 class CountReads(TorchDispatchMode):
     """Counts what would make the host wait for a GPU."""
     reads = 0
