@@ -222,9 +222,6 @@ def train(cfg: Config, resume: Path | None = None) -> int:
             opt_d=opt_d.state_dict(), step=step, best=best, sums=sums, logged=logged,
             data=data.digest, rng=run.rng_state(device), config=vars(cfg)))
 
-    def score(net: Generator) -> dict[str, dict]:
-        return evaluator.score_sets(net, cfg.z_dim, judge, scored, cfg.eval_draws, cfg.seed, device)
-
     def due(every: int, step: int) -> bool:
         return bool(every) and (step % every == 0 or step == cfg.iters)
 
@@ -252,12 +249,13 @@ def train(cfg: Config, resume: Path | None = None) -> int:
                 heading = f"{title(cfg, data)}, step {step}: test.json, one set each"
                 folder.picture(step, ema(fixed, shown), heading)
             if judge and due(cfg.eval_every, step):
-                results = score(ema)
+                results = evaluator.score_sets(ema, cfg.z_dim, judge, scored, cfg.eval_draws, cfg.seed,
+                                               device)
                 folder.log(step, **{f"accuracy_{name}": r["accuracy"][0] for name, r in results.items()})
                 if results["val"]["accuracy"][0] > best:
                     best = results["val"]["accuracy"][0]
                     save("best.pt", step)
-            if stop or due(cfg.save_every, step):
+            if stop or step == cfg.iters or due(cfg.save_every, step):  # the end is always kept
                 save("last.pt", step)
             if stop:
                 break

@@ -87,7 +87,8 @@ def _read_iclevr_lists(folder: Path) -> tuple[list[str], dict[str, list[int]], d
             raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
 
     ids = read("objects.json")
-    if not isinstance(ids, dict) or {*ids.values()} != {*range(len(worlds.OBJECTS))}:
+    expected = sorted(map(repr, range(len(worlds.OBJECTS))))
+    if not isinstance(ids, dict) or sorted(map(repr, ids.values())) != expected:
         raise UserError(f"{folder}/objects.json should give {len(worlds.OBJECTS)} object names the ids 0 to "
                         f"{len(worlds.OBJECTS) - 1}, as {{\"gray cube\": 0, …}}")
     train = read("train.json")

@@ -74,8 +74,8 @@ def edit(folder, name, change):
     (folder / name).write_text(json.dumps(content))
 
 
-def break_objects(folder):
-    edit(folder, "objects.json", lambda c: c.update({"pink cube": 24}))
+def break_objects(folder, ids):
+    edit(folder, "objects.json", lambda c: c.update(ids))
 
 
 BROKEN = {
@@ -108,7 +108,9 @@ BROKEN = {
         ),
         "CLEVR_train_000002_0.png can't be read",
     ),
-    "25 classes": (break_objects, "24 object names"),
+    "25 classes": (lambda f: break_objects(f, {"pink cube": 24}), "24 object names"),
+    "an id twice": (lambda f: break_objects(f, {"pink cube": 3}), "24 object names"),
+    "an id as a list": (lambda f: break_objects(f, {"red cube": [1]}), "24 object names"),
     "no json": (lambda f: (f / "train.json").write_text("{"), "not valid JSON"),
 }
 
