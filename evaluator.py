@@ -1,14 +1,15 @@
 """Judges and scores: how well do generated images show what they were asked to show?
 
-    python evaluator.py --data data/iclevr   # train and cache the i-CLEVR judge, print its held-out accuracy
-    python evaluator.py --data drawn         # the same for the drawn scenes
+    python evaluator.py scenes --data data/iclevr   # train and cache the i-CLEVR judge, print its held-out accuracy
+    python evaluator.py digits --data drawn         # the same for the drawn digits
 
 A judge is a classifier trained on real (or drawn) images whose held-out accuracy is printed with every score.
 Scripts train theirs when they first need it; their `--judge PATH` loads another, such as the course's.
+"FD (judge)" is the Fréchet distance on a judge's features. It is no FID: that is common/fid.py's.
 """
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from common.datasets import LabelledScenes, load_iclevr, pick_source
-from common.run import UserError, entry, pick_device, write_whole
+from common.datasets import Digits, LabelledScenes, load_digits, load_iclevr, pick_digits, pick_source
+from common.fid import Inception, Moments, features, frechet_distance, load_inception
+from common.run import NotFinite, UserError, entry, pick_device, write_whole
 
 JUDGES = Path("data") / "judges"
-JUDGE_SIZE = 64  # every judge of scenes sees 64×64
 
 
 class JudgeNet(ResNet):
@@ -29,6 +30,7 @@ class JudgeNet(ResNet):
 
     [B, 3, 64, 64] in [-1, 1] → probabilities [B, n_classes]. `width` (of 64) narrows every layer.
     """
+    size = 64
 
     def __init__(self, n_classes: int, width: int = 64):
         self.width = width
@@ -42,17 +44,40 @@ class JudgeNet(ResNet):
         return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
 
 
+class DigitNet(nn.Sequential):
+    """A small CNN: [B, 1, 32, 32] in [-1, 1] → probabilities [B, n_classes]. `width`: of the last convolution."""
+    size = 32
+
+    def __init__(self, n_classes: int, width: int = 64):
+        def conv(i: int, o: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(),
+                                 nn.MaxPool2d(2))
+        super().__init__()
+        self.body = nn.Sequential(conv(1, width // 4), conv(width // 4, width // 2), conv(width // 2, width),
+                                  nn.Flatten(), nn.Linear(width * 4 * 4, 2 * width), nn.ReLU())
+        self.fc = nn.Sequential(nn.Linear(2 * width, n_classes), nn.Softmax(1))
+
+
 @dataclass
 class Judge:
-    """A trained classifier and what is known of it."""
+    """A trained classifier and what is known of it. Images are [N, C, H, W] in [-1, 1], on its device."""
     net: nn.Module
     title: str  # "ResNet-18, held-out accuracy 0.987"
-    held_out: dict[str, float] | None  # its scores on scenes it was not trained on; None for a foreign one
+    held_out: dict[str, float] | None  # its scores on images it was not trained on; None for a foreign one
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Probabilities [N, 24] for images [N, 3, H, W] in [-1, 1], on the images' device."""
-        return torch.cat([self.net(_to_judge_size(part.float())) for part in images.split(256)])
+        """Probabilities [N, n_classes]."""
+        return torch.cat([self.net(_resize(part.float(), self.net.size)) for part in images.split(256)])
+
+    def with_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities [N, n_classes], and the features [N, D] that the last layer takes."""
+        features = []
+        hook = self.net.fc.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+        try:
+            return self(images), torch.cat(features)
+        finally:
+            hook.remove()
 
 
 # ---------------------------------------------------------------------- i-CLEVR's scores
@@ -94,123 +119,228 @@ def score_sets(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_d
         for _ in range(draws):
             z = torch.randn(len(labels), z_dim, generator=g).to(device)
             runs.append(count_objects(judge(sample(z, labels)), labels))
-        values = {key: torch.tensor([run[key] for run in runs]) for key in runs[0]}
-        results[name] = {key: (v.mean().item(), v.std(correction=1).item() if draws > 1 else 0.0)
-                         for key, v in values.items()}
+        results[name] = {key: _mean_std([run[key] for run in runs]) for key in runs[0]}
     return results
 
 
-def print_table(results: dict[str, dict]) -> None:
-    """Results of score_sets, a list of sets a line, as mean ± standard deviation."""
-    columns = ["accuracy", "exact", "accuracy_1", "accuracy_2", "accuracy_3"]
-    print(f"{'':<14}" + "".join(f"{c:>17}" for c in columns))
+def print_table(results: dict[str, dict], columns: list[str]) -> None:
+    """Rows of {column: (mean, standard deviation)} as mean ± standard deviation, "-" where a row lacks one."""
+    first = max(map(len, results)) + 2
+    print(" " * first + "".join(f"{c:>19}" for c in columns))
     for name, scores in results.items():
         cells = [f"{scores[c][0]:.4f} ± {scores[c][1]:.4f}" if c in scores else "-" for c in columns]
-        print(f"{name:<14}" + "".join(f"{c:>17}" for c in cells))
+        print(f"{name:<{first}}" + "".join(f"{c:>19}" for c in cells))
 
 
-# ---------------------------------------------------------------------- scene judges
+# ---------------------------------------------------------------------- digits' scores
 
-def get_judge(choice: str, data: LabelledScenes, width: int, steps: int,
+def digit_moments(judge: Judge, images: torch.Tensor, device: torch.device) -> Moments:
+    """Moments of the judge's features of real images, uint8 [N, 1, S, S]."""
+    moments = Moments()
+    for part in images.split(1000):
+        moments.update(judge.with_features(part.to(device) / 127.5 - 1)[1])
+    return moments
+
+
+@torch.no_grad()
+def score_digits(sample: Callable[[int, torch.Generator], torch.Tensor], judge: Judge, real: Moments, n: int,
+                 draws: int, seed: int) -> dict[str, tuple]:
+    """Score n generated digits, over several draws of z.
+
+    sample(how many, generator) → images [k, 1, S, S] in [-1, 1]. Returns {score: (mean, std over draws)}:
+    "FD (judge)" to the real images' moments; of the judge's classes "chi2" (Pearson's, against uniform, 9
+    degrees of freedom) and "TV" (total-variation distance to uniform); "histogram": (10 mean shares, their
+    stds). Draw i is the same z for one seed, whatever the device; the global random state is left alone.
+    """
+    g, runs = torch.Generator().manual_seed(seed), []
+    for _ in range(draws):
+        moments, counts = Moments(), torch.zeros(10, dtype=torch.float64)
+        for start in range(0, n, 500):
+            images = sample(min(500, n - start), g)
+            if not images.isfinite().all():
+                raise NotFinite("generated images are not finite numbers")
+            probabilities, vectors = judge.with_features(images)
+            moments.update(vectors)
+            counts += probabilities.argmax(1).bincount(minlength=10).cpu()
+        runs.append({"FD (judge)": distance(real, moments), "histogram": counts / n} | count_digits(counts))
+    return {key: _mean_std([run[key] for run in runs]) for key in runs[0]}
+
+
+def distance(a: Moments, b: Moments) -> float:
+    """Fréchet distance of two sets of features: FID where they are those of FID's network."""
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def count_digits(counts: torch.Tensor) -> dict[str, float]:
+    """How far from uniform counts [10] of digits are: Pearson's "chi2", and "TV", half the sum of |p - 1/10|."""
+    n = counts.sum()
+    return {"chi2": ((counts - n / 10).square().sum() / (n / 10)).item(),
+            "TV": ((counts / n - 0.1).abs().sum() / 2).item()}
+
+
+def get_inception(weights: str, device: torch.device) -> Inception | None:
+    """FID's network as --fid-weights names it; None, with a line that says why, where "auto" can't have it."""
+    if weights == "none" or weights == "auto" and device.type == "cpu":
+        if weights == "auto":
+            print("FID: not measured on a CPU unless --fid-weights names its network's file")
+        return None
+    try:
+        return load_inception(weights, device)
+    except UserError as error:
+        if weights != "auto":
+            raise
+        print(f"FID: not measured: {error}")
+        return None
+
+
+@torch.no_grad()
+def score_fid(sample: Callable[[int, torch.Generator], torch.Tensor], net: Inception, real: torch.Tensor, n: int,
+              draws: int, seed: int) -> tuple[float, float]:
+    """FID of n generated images to real ones, uint8 [N, 1 or 3, S, S]: mean and standard deviation over draws of z.
+
+    sample and seed as in score_digits.
+    """
+    device, g = net.fc.weight.device, torch.Generator().manual_seed(seed)
+
+    def moments(batches: Iterable[torch.Tensor]) -> Moments:
+        result = Moments()
+        for part in features(net, batches):
+            result.update(part)
+        return result
+
+    reference = moments(part.to(device) for part in real.split(100))
+    return _mean_std([distance(reference, moments(sample(min(100, n - i), g) for i in range(0, n, 100)))
+                      for _ in range(draws)])
+
+
+def _mean_std(values: list) -> tuple:
+    """Mean and standard deviation over the first axis, as numbers or lists; of one value the latter is 0."""
+    values = torch.as_tensor(values) if not isinstance(values[0], torch.Tensor) else torch.stack(values)
+    std = values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
+    return values.mean(0).tolist(), std.tolist()
+
+
+# ---------------------------------------------------------------------- judges
+
+def get_judge(choice: str, data: LabelledScenes | Digits, width: int, steps: int,
               device: torch.device) -> Judge | None:
     """The judge that --judge names: "auto" (trained on `data` and cached), "none", or a checkpoint's path."""
     if choice == "none":
         return None
     if choice != "auto":
-        return load_judge(Path(choice), len(data.classes), device)
-    path = JUDGES / f"scenes-{data.digest}-w{width}-{steps}.pt"
+        return load_judge(Path(choice), data, device)
+    path = JUDGES / f"{data.kind}-{data.digest}-w{width}-{steps}.pt"
     if path.is_file():
-        return load_judge(path, len(data.classes), device)
-    print(f"training a judge of {data.name}, once: ResNet-18 of width {width}, {steps} steps, kept as {path}")
+        return load_judge(path, data, device)
+    print(f"training a judge of {data.name}, once: width {width}, {steps} steps, kept as {path}")
     net, held_out = train_judge(data, width, steps, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"model": net.state_dict(), "width": width, "held_out": held_out, "data": data.name}
     write_whole(path, lambda p: torch.save(content, p))
-    return load_judge(path, len(data.classes), device)
+    return load_judge(path, data, device)
 
 
-def load_judge(path: Path, n_classes: int, device: torch.device) -> Judge:
-    """A judge's checkpoint: {"model": weights of a JudgeNet, …}, as the i-CLEVR course's and ours are."""
+NETS = {"scenes": (JudgeNet, 8, "ResNet-18"), "digits": (DigitNet, 2, "digit CNN")}  # features = number · width
+
+
+def load_judge(path: Path, data: LabelledScenes | Digits, device: torch.device) -> Judge:
+    """A judge's checkpoint: {"model": weights of a JudgeNet or DigitNet, …}; the i-CLEVR course's is one, too."""
     if not path.is_file():
         raise UserError(f"--judge {path}: there is no such file")
+    Net, times, kind = NETS[data.kind]
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         state = content["model"]
         found, features = state["fc.0.weight"].shape
     except Exception as error:
         raise UserError(f"--judge {path} is not a judge ({type(error).__name__}): it should hold key 'model' "
-                        "with the weights of a ResNet-18 whose fc is Linear, Sigmoid") from None
-    if found != n_classes:
-        raise UserError(f"--judge {path} tells {found} classes apart, the data has {n_classes}: "
+                        f"with the weights of a {kind} whose fc is Linear and an activation") from None
+    if found != len(data.classes):
+        raise UserError(f"--judge {path} tells {found} classes apart, the data has {len(data.classes)}: "
                         "use a judge that was trained for this data")
     with torch.random.fork_rng():
-        net = JudgeNet(n_classes, features // 8).to(device)
+        net = Net(found, features // times).to(device)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:120]
-        raise UserError(f"--judge {path} is no ResNet-18: {reason}") from None
+        raise UserError(f"--judge {path} is no {kind}: {reason}") from None
     held_out = content.get("held_out")
     told = f"held-out accuracy {held_out['accuracy']:.4f}" if held_out else "held-out accuracy not known"
     told += "" if held_out else f" ({path.name})"
-    return Judge(net.eval().requires_grad_(False), f"ResNet-18 of width {features // 8}, {told}", held_out)
+    return Judge(net.eval().requires_grad_(False), f"{kind} of width {features // times}, {told}", held_out)
 
 
-def train_judge(data: LabelledScenes, width: int, steps: int, device: torch.device) -> tuple[nn.Module, dict]:
-    """Train a JudgeNet on nine tenths of the scenes; returns it with its scores on the last tenth.
+def train_judge(data: LabelledScenes | Digits, width: int, steps: int,
+                device: torch.device) -> tuple[nn.Module, dict]:
+    """Train a judge of the data's kind; returns it with its scores on images it was not trained on.
 
-    AdamW under a one-cycle rate, batches of 32; images are mirrored, shifted by up to 4 pixels and grained.
-    The held-out scenes are looked at once, after training: nothing is chosen by them. The global random state
-    is left alone.
+    Scenes: on nine tenths of the scenes, mirrored at random; digits: on the training set, tested on the test set.
+    The held-out images are looked at once, after training: nothing is chosen by them. The global random
+    state is left alone.
     """
-    if len(data.scene.unique()) < 10:
-        raise UserError(f"{data.name} has fewer than 10 scenes, too few for a judge: use --judge none")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        net = JudgeNet(len(data.classes), width).to(device)
+        net = NETS[data.kind][0](len(data.classes), width).to(device)
+        if isinstance(data, Digits):
+            fit_judge(net, data.images, data.labels, F.cross_entropy, steps, 64, False)
+            judge = Judge(net, "", None)
+            found = torch.cat([judge(x.to(device) / 127.5 - 1).argmax(1).cpu() for x in data.test_images.split(256)])
+            return net, {"accuracy": (found == data.test_labels).float().mean().item()}
+        if len(data.scene.unique()) < 10:
+            raise UserError(f"{data.name} has fewer than 10 scenes, too few for a judge: use --judge none")
         test = data.held_out()
-        images, labels = data.images[~test].to(device), data.labels[~test].to(device)
-        target = F.one_hot(labels, len(data.classes) + 1)[..., :-1].sum(1).float()
-        batch = 32
-        opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=2e-3, total_steps=steps, pct_start=0.2)
-        head, net.fc = net.fc, net.fc[0]  # trained on logits
-        start, total = time.monotonic(), torch.zeros((), device=device)
-        order = torch.randperm(0)
-        for step in range(1, steps + 1):
-            if len(order) < batch:
-                order = torch.randperm(len(images)).to(device)
-            i, order = order[:batch], order[batch:]
-            x = _augment(_to_judge_size(images[i].float() / 127.5 - 1))
-            loss = F.binary_cross_entropy_with_logits(net(x), target[i])
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            schedule.step()
-            total += loss.detach()
-            if step % 250 == 0 or step == steps:
-                left = (time.monotonic() - start) / step * (steps - step)
-                mean = total.item() / (step % 250 or 250)
-                print(f"judge: step {step}/{steps}  loss {mean:.4f}  {left:.0f} s left", flush=True)
-                total.zero_()
+        target = F.one_hot(data.labels, len(data.classes) + 1)[..., :-1].sum(1).float()
+        fit_judge(net, data.images[~test], target[~test], F.binary_cross_entropy_with_logits, steps, 32, True)
+        judge = Judge(net, "", None)
+        scores = torch.cat([judge(part.to(device) / 127.5 - 1).cpu() for part in data.images[test].split(256)])
+        return net, count_objects(scores, data.labels[test])
+
+
+def fit_judge(net: nn.Module, images: torch.Tensor, target: torch.Tensor, criterion: Callable, steps: int,
+              batch: int, mirror: bool) -> None:
+    """Train net on uint8 images [N, C, H, W]: AdamW under a one-cycle rate, images shifted and grained."""
+    device = net.fc[0].weight.device
+    images, target = images.to(device), target.to(device)
+    opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=2e-3, total_steps=steps, pct_start=0.2)
+    head, net.fc = net.fc, net.fc[0]  # trained on logits
+    start, total = time.monotonic(), torch.zeros((), device=device)
+    order = torch.randperm(0)
+    for step in range(1, steps + 1):
+        if len(order) < batch:
+            order = torch.randperm(len(images)).to(device)
+        i, order = order[:batch], order[batch:]
+        x = _augment(_resize(images[i].float() / 127.5 - 1, net.size), mirror)
+        loss = criterion(net(x), target[i])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
+        total += loss.detach()
+        if step % 250 == 0 or step == steps:
+            left = (time.monotonic() - start) / step * (steps - step)
+            mean = total.item() / (step % 250 or 250)
+            print(f"judge: step {step}/{steps}  loss {mean:.4f}  {left:.0f} s left", flush=True)
+            total.zero_()
     net.fc = head
-    judge = Judge(net.eval(), "", None)
-    scores = torch.cat([judge(part.to(device) / 127.5 - 1).cpu() for part in data.images[test].split(256)])
-    return net, count_objects(scores, data.labels[test])
+    net.eval()
 
 
-def _to_judge_size(images: torch.Tensor) -> torch.Tensor:
-    if images.shape[-1] == JUDGE_SIZE:
+def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    if images.shape[-1] == size:
         return images
-    return F.interpolate(images, (JUDGE_SIZE, JUDGE_SIZE), mode="bilinear", antialias=True)
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
-def _augment(x: torch.Tensor) -> torch.Tensor:
-    """Mirror each image or not, shift it by up to 4 pixels, add a little grain."""
+def _augment(x: torch.Tensor, mirror: bool) -> torch.Tensor:
+    """Shift each image by up to a sixteenth of its size, mirror it or not, add a little grain."""
     n, _, h, w = x.shape
-    mirrored = torch.rand(n, 1, 1, 1, device=x.device) < 0.5
-    x = F.pad(torch.where(mirrored, x.flip(3), x), (4, 4, 4, 4), mode="replicate")
-    dy, dx = torch.randint(9, (2, n, 1, 1), device=x.device)
+    if mirror:
+        x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+    reach = h // 16
+    x = F.pad(x, (reach,) * 4, mode="replicate")
+    dy, dx = torch.randint(2 * reach + 1, (2, n, 1, 1), device=x.device)
     rows, cols = dy + torch.arange(h, device=x.device)[:, None], dx + torch.arange(w, device=x.device)
     x = x[torch.arange(n, device=x.device)[:, None, None], :, rows, cols].permute(0, 3, 1, 2)
     return x + 0.02 * torch.randn_like(x)
@@ -219,16 +349,21 @@ def _augment(x: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--data", default="auto", help="auto, drawn, or the folder of i-CLEVR")
-    parser.add_argument("--image-size", type=int, default=64, help="the size at which images are loaded")
+    parser.add_argument("kind", choices=list(NETS), help="what the judge is to know")
+    parser.add_argument("--data", default="auto", help="auto, drawn, mnist (digits), or the set's folder")
+    parser.add_argument("--image-size", type=int, help="the size at which images are loaded (default: 64, digits 32)")
     parser.add_argument("--judge-width", type=int, default=64, help="64 is ResNet-18; less is faster")
-    parser.add_argument("--judge-steps", type=int, default=5000, help="training steps of 32 images")
+    parser.add_argument("--judge-steps", type=int, default=5000, help="training steps")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args()
-    if min(args.image_size, args.judge_width, args.judge_steps) < 1:
+    size = args.image_size or NETS[args.kind][0].size
+    if min(size, args.judge_width, args.judge_steps) < 1:
         raise UserError("--image-size, --judge-width and --judge-steps must be at least 1")
     device = pick_device(args.device)
-    data = load_iclevr(pick_source(args.data, "data/iclevr"), args.image_size)
+    if args.kind == "digits":
+        data = load_digits(pick_digits(args.data), size)
+    else:
+        data = load_iclevr(pick_source(args.data, "data/iclevr"), size)
     judge = get_judge("auto", data, args.judge_width, args.judge_steps, device)
     print(f"{data.name}: {judge.title}; " + ", ".join(f"{k} {v:.4f}" for k, v in judge.held_out.items()))
 

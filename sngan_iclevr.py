@@ -341,7 +341,7 @@ def evaluate(cfg: Config, data: LabelledScenes, judge: evaluator.Judge, folder: 
                                            device)  # other z than best.pt was chosen with
             scores[name] = {"step": step, **results}
             print(f"\n{name}.pt (step {step}), {data.name}, {cfg.eval_draws} draws; judge: {judge.title}")
-            evaluator.print_table(results)
+            evaluator.print_table(results, ["accuracy", "exact", "accuracy_1", "accuracy_2", "accuracy_3"])
     run.write_whole(folder / "scores.json", lambda p: p.write_text(json.dumps(scores, indent=1) + "\n"))
 
 

@@ -1,4 +1,4 @@
-"""Building blocks that several scripts share: spectral norm, conditional batch norm, residual blocks."""
+"""Building blocks that scripts share: spectral norm, conditional batch norm, residual blocks, initialisation."""
 import contextlib
 import math
 
@@ -32,6 +32,18 @@ def init_xavier(module: nn.Module, gain: float = 1.0) -> nn.Module:
     if getattr(module, "bias", None) is not None:
         nn.init.zeros_(module.bias)
     return module
+
+
+def init_dcgan(net: nn.Module) -> nn.Module:
+    """DCGAN's initialisation: weights N(0, 0.02), batch norm's N(1, 0.02), biases 0 (Radford et al. 2016)."""
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.normal_(module.weight, 0, 0.02)
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.normal_(module.weight, 1, 0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+    return net
 
 
 def _conv(i: int, o: int, kernel: int, spectral: bool = False) -> nn.Module:

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torchvision.datasets import MNIST
 
 from common import worlds
 from common.run import UserError, write_whole
 
 CACHE = Path("data") / "cache"  # of drawn sets; a real set's cache lies beside its folder
+MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte",
+               "t10k-labels-idx1-ubyte")
 
 
 @dataclass
@@ -27,6 +31,7 @@ class LabelledScenes:
     classes: tuple[str, ...]  # "gray cube", …: 8·shape + colour
     tests: dict[str, torch.Tensor]  # "test", "new_test": int64 [32, 3]
     digest: str  # names the pixels and labels
+    kind = "scenes"
 
     def held_out(self, share: float = 0.1) -> torch.Tensor:
         """bool [N]: True for the images of a fixed tenth of the scenes, which no judge is trained on."""
@@ -131,6 +136,101 @@ def _drawn_scenes(image_size: int, n_scenes: int) -> LabelledScenes:
     tests = {name: torch.tensor([_pad_ids(s, ids, name) for s in sets]) for name, sets in lists.items()}
     drawn = d["images"], d["labels"], d["scene"]
     return LabelledScenes("drawn scenes", *drawn, worlds.OBJECTS, tests, d["digest"])
+
+
+# ---------------------------------------------------------------------- digits
+
+@dataclass
+class Digits:
+    """MNIST, or the drawn digits that stand in for it."""
+    name: str  # "MNIST" or "drawn digits": part of every title
+    images: torch.Tensor  # uint8 [N, 1, S, S]
+    labels: torch.Tensor  # int64 [N], 0 to 9
+    test_images: torch.Tensor  # uint8 [M, 1, S, S]: neither GAN nor judge is trained on these
+    test_labels: torch.Tensor  # int64 [M]
+    test_factors: dict[str, torch.Tensor]  # true slant, width, … float [M], of drawn digits; else empty
+    digest: str  # names the pixels, at this size, and the labels
+    classes = tuple("0123456789")
+    kind = "digits"
+
+
+def load_digits(source: str, image_size: int, n_drawn: int = 60_000) -> Digits:
+    """MNIST ("mnist": data/MNIST, downloaded where it is missing; or the folder that holds MNIST/raw), or
+    n_drawn drawn digits and a sixth as many for tests ("drawn"). Images are resized from 28×28.
+
+    Raises UserError for what is missing, can't be downloaded or is damaged.
+    """
+    if source == "drawn":
+        d = _drawn_digits(n_drawn)
+        sets = [(d["images"][:n_drawn], d["labels"][:n_drawn]), (d["images"][n_drawn:], d["labels"][n_drawn:])]
+        factors = {name: value[n_drawn:] for name, value in d["factors"].items()}
+    else:
+        root = Path("data") if source == "mnist" else Path(source)
+        sets, factors = [_read_mnist(root, train, download=source == "mnist") for train in (True, False)], {}
+    digest = hashlib.sha1(b"".join(x.numpy().tobytes() for pair in sets for x in pair)).hexdigest()[:12]
+    digest += f"-{image_size}"
+    (images, labels), (test_images, test_labels) = ((_resize(x, image_size), y) for x, y in sets)
+    name = "drawn digits" if source == "drawn" else "MNIST"
+    return Digits(name, images, labels, test_images, test_labels, factors, digest)
+
+
+def pick_digits(data: str) -> str:
+    """Resolve --data: "auto" is "mnist" where it lies under data/ or can be downloaded, else "drawn", said aloud."""
+    if data != "auto":
+        return data
+    try:
+        _read_mnist(Path("data"), False, download=True)
+        return "mnist"
+    except UserError as error:
+        if (Path("data") / "MNIST").exists():  # there, but damaged: not to be passed over
+            raise
+        print(f"*** {error} ***\n*** using DRAWN digits instead of MNIST ***")
+        return "drawn"
+
+
+def _read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [N, 1, 28, 28] and int64 [N] of MNIST's training or test set, by torchvision."""
+    raw, part = root / "MNIST" / "raw", "train" if train else "t10k"
+    missing = not all((raw / name).is_file() for name in MNIST_FILES)
+    if missing and not download:
+        raise UserError(f"--data {root}: {raw} should hold MNIST's four files {MNIST_FILES[0]}, …; "
+                        "--data mnist downloads them to data/, --data drawn needs none")
+    new = [folder for folder in (raw, raw.parent, root) if not folder.exists()]
+    try:
+        mnist = MNIST(root, train=train, download=missing)
+        images, labels = mnist.data, mnist.targets
+        assert images.shape == (len(labels), 28, 28) and len(labels) and 0 <= labels.min() <= labels.max() <= 9
+    except Exception as error:  # torchvision raises many kinds for damaged files
+        reason = " ".join(str(error).split())[-100:]
+        if not missing:
+            raise UserError(f"{raw}/{part}-*-ubyte: damaged, or not MNIST's ({type(error).__name__} {reason}): "
+                            "delete them and fetch them again") from None
+        for folder in new:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise UserError(f"MNIST is not in {raw} and can't be downloaded ({reason}): put its four files "
+                        f"{MNIST_FILES[0]}, … there, or use --data drawn") from None
+    return images[:, None], labels
+
+
+def _drawn_digits(n: int) -> dict:
+    code = hashlib.sha1(Path(worlds.__file__).read_bytes()).hexdigest()
+
+    def draw() -> dict:
+        print(f"drawing {n} digits and {n // 6 + 1} for tests …", flush=True)
+        images, labels, factors = worlds.digits(n + n // 6 + 1)
+        return {"images": images, "labels": labels, "factors": factors}
+
+    return cached(CACHE / f"digits-{n}.pt", code, draw)
+
+
+def _resize(images: torch.Tensor, image_size: int) -> torch.Tensor:
+    """uint8 [N, C, H, W] → uint8 [N, C, image_size, image_size], bilinear."""
+    size = (image_size, image_size)
+    if images.shape[2:] == size:
+        return images
+    return torch.cat([F.interpolate(part.float(), size, mode="bilinear", antialias=True).round().byte()
+                      for part in images.split(4096)])
 
 
 # ---------------------------------------------------------------------- decoding and caching

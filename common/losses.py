@@ -22,3 +22,13 @@ def hinge_g(fake: torch.Tensor) -> torch.Tensor:
 def relativistic(real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores relative to the mean of the other kind (relativistic average GAN, Jolicoeur-Martineau 2018)."""
     return real - fake.mean(), fake - real.mean()
+
+
+def bce_d(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Minimax loss of D, -E[log σ(D(x))] - E[log(1 - σ(D(G(z))))] (Goodfellow et al. 2014, eq. 1)."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def bce_g(fake: torch.Tensor) -> torch.Tensor:
+    """Loss of G that goes with it, in its non-saturating form: -E[log σ(D(G(z)))] (their section 3)."""
+    return F.softplus(-fake).mean()

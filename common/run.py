@@ -64,7 +64,7 @@ def entry(main: Callable[[], int | None]) -> None:
 # ---------------------------------------------------------------------- command line
 
 FREE_ON_RESUME = ("iters", "log_every", "sample_every", "eval_every", "save_every")
-FREE_ON_USE = ("device", "precision", "judge", "seed")  # what --sample and --eval may change
+FREE_ON_USE = ("device", "precision", "judge", "seed", "eval_draws", "eval_images", "fid_weights", "pairs")  # what --sample and --eval may change
 
 
 class _Parser(argparse.ArgumentParser):
