@@ -1,4 +1,4 @@
-"""The drawn scenes: what they are said to show is what they show."""
+"""The drawn scenes and digits: what they are said to show is what they show."""
 import math
 
 import pytest
@@ -83,3 +83,87 @@ def test_intersection_lies_on_the_surface(shape):
     assert surface.abs().max() < 1e-4
     assert ((normal[hit] * d[hit]).sum(1) < 0).all()  # faces the viewer
     torch.testing.assert_close(normal[hit].norm(dim=1), torch.ones(len(p)), atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def written():
+    images, labels, factors = worlds.digits(3000, seed=3)
+    return images, labels, factors
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([a.float(), b.float()]))[0, 1]
+
+
+def test_digits_have_the_shapes_and_ranges_said(written):
+    images, labels, factors = written
+    assert images.dtype == torch.uint8 and images.shape == (3000, 1, 28, 28)
+    assert labels.dtype == torch.int64 and labels.shape == (3000,)
+    assert set(factors) == {"slant", "width", "size"}
+    said = {"slant": (-0.55, 0.95), "width": (1.2, 5.3), "size": (12, 20 + 1e-4)}
+    for name, (low, high) in said.items():
+        value = factors[name]
+        assert value.dtype == torch.float32 and value.shape == (3000,)
+        assert low <= value.min() and value.max() <= high and value.std() > (high - low) / 20
+    assert labels.bincount(minlength=10).min() > 240 and labels.bincount().max() < 360  # 300 ± 16
+    assert images.amax((1, 2, 3)).min() > 200  # no stroke is too thin to be white
+
+
+def test_one_seed_writes_the_same_digits_for_any_batch_size(written):
+    state = torch.get_rng_state()
+    first = worlds.digits(100, seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+    again = worlds.digits(100, seed=3, batch=7)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert all(torch.equal(first[2][name], again[2][name]) for name in first[2])
+    other = worlds.digits(100, seed=4)
+    assert not torch.equal(other[0], first[0]) and not torch.equal(other[1], first[1])
+
+
+def test_digits_look_like_mnist_s(written):
+    x = written[0][:, 0].double() / 255
+    assert 0.12 < x.mean() < 0.14  # MNIST: 0.131
+    mass, at = x.sum((1, 2)), torch.arange(28).double()
+    for axis in (1, 2):
+        centre = (x.sum(3 - axis) * at).sum(1) / mass
+        assert abs(centre.mean() - 14) < 0.1 and (centre - 14).abs().max() < 2.5
+    border = torch.ones(28, 28, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    assert x[:, border].max() == 0
+
+
+def test_a_digit_s_factors_are_seen_in_it(written):
+    images, labels, factors = written
+    x = images[:, 0].double() / 255
+    at = torch.arange(28).double()
+    mass = x.sum((1, 2))
+    dy = at - (x.sum(2) * at).sum(1, keepdim=True) / mass[:, None]
+    dx = at - (x.sum(1) * at).sum(1, keepdim=True) / mass[:, None]
+    lean = -torch.einsum("nyx,ny,nx->n", x, dy, dx) / torch.einsum("nyx,ny->n", x, dy.square())
+    rows = (x > 0.5).any(2)
+    height = 28.0 - rows.int().argmax(1) - rows.flip(1).int().argmax(1)
+    assert (height - factors["size"]).abs().max() < 2 and (height - factors["size"]).mean().abs() < 0.4
+    for digit in range(10):
+        one = labels == digit
+        assert correlation(lean[one], factors["slant"][one]) > 0.85
+        assert correlation(mass[one], factors["width"][one]) > 0.75  # some ones have more strokes
+        assert correlation(height[one], factors["size"][one]) > 0.85
+    # an upright stroke leans just as said, and its ink is as broad
+    bar = (labels == 1) & ((x > 0.5).sum(2).amax(1) < 9)
+    assert (lean - factors["slant"])[bar].abs().median() < 0.1
+    broad = (mass / (height * (1 + factors["slant"].square()).sqrt()) - factors["width"])[bar]
+    assert broad.mean().abs() < 0.2
+
+
+def test_digits_are_the_same_at_any_image_size():
+    half, full = (worlds.digits(60, size, seed=5)[0].float() for size in (32, 64))
+    assert half.shape[2:] == (32, 32) and full.shape[2:] == (64, 64)
+    # only the edges differ, which are as many pixels wide in either
+    assert (torch.nn.functional.avg_pool2d(full, 2) - half).abs().mean() < 2.5 < half.mean() / 10
+
+
+def test_digits_can_be_told_apart(written):
+    images, labels, _ = written
+    x = torch.nn.functional.avg_pool2d(images.float() / 255, 2).flatten(1)
+    nearest = torch.cdist(x[2000:], x[:2000]).topk(3, largest=False).indices
+    assert (labels[:2000][nearest].mode(1).values == labels[2000:]).float().mean() > 0.93
