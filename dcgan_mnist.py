@@ -2,10 +2,10 @@
 
 DCGAN: Radford et al. 2016; minimax loss with the -log D trick: Goodfellow et al. 2014.
 
-    python dcgan_mnist.py --quick                                   # minutes on two CPU cores
-    python dcgan_mnist.py --latent-dim 100 --hidden-dim 100         # or --net mlp
+    python dcgan_mnist.py --quick                                # minutes on two CPU cores
+    python dcgan_mnist.py --latent-dim 100 --hidden-dim 100      # or --net mlp
     python dcgan_mnist.py --sweep latent_dim=16,100 hidden_dim=16,100    # four runs, one table
-    python dcgan_mnist.py --resume runs/dcgan_mnist                 # go on; --sample and --eval take a run as well
+    python dcgan_mnist.py --resume runs/dcgan_mnist              # go on; --sample and --eval take a run too
 """
 import copy
 import json
@@ -31,7 +31,7 @@ class Config:
     latent_dim: int = 16  # dimensions of the latent z ~ N(0, I)
     hidden_dim: int = 16  # width: feature maps of the layers nearest the image
     ema: float = 0.0  # decay of the averaged G that is sampled and scored; 0: G itself
-    data: str = "auto"  # auto (MNIST if there or to be downloaded, else drawn), mnist, drawn, or MNIST's folder
+    data: str = "auto"  # auto (MNIST if it can be had, else drawn), mnist, drawn, or the folder of MNIST/raw
     n_drawn: int = 60_000  # drawn digits to train on
     out: str = ""  # folder of the run; empty: runs/dcgan_mnist
     seed: int = 0  # of weights, noise and the order of batches
@@ -47,7 +47,7 @@ class Config:
     judge_steps: int = 5000  # its training steps, of 64 images each
     eval_images: int = 10_000  # generated images a score is measured on
     eval_draws: int = 3  # draws of z that a score is the mean of
-    fid_weights: str = "auto"  # FID's Inception: auto (on a GPU; torch's hub cache or downloaded), none, or a file
+    fid_weights: str = "auto"  # FID's network: auto (on a GPU, found or downloaded), none, or its file
     pairs: int = 5  # pairs of z in the interpolation grids
     # the method
     net: Literal["conv", "mlp"] = "conv"  # DCGAN, or fully connected layers in both networks
@@ -208,7 +208,8 @@ def train(cfg: Config, resume: Path | None = None) -> int:
             if due(cfg.sample_every, step):
                 folder.picture(step, ema(fixed), f"{title(cfg, data)}, step {step}")
             if judge and due(cfg.eval_every, step):
-                result = evaluator.score_digits(sampler(cfg, ema), judge, choice, cfg.eval_images, 1, cfg.seed)
+                result = evaluator.score_digits(sampler(cfg, ema), judge, choice, cfg.eval_images, 1,
+                                                cfg.seed)
                 fd, tv = result["FD (judge)"][0], result["TV"][0]
                 folder.log(step, fd_judge=fd, tv_digits=tv)
                 if best < 0 or fd < best:
@@ -232,7 +233,8 @@ def train(cfg: Config, resume: Path | None = None) -> int:
 
 
 def title(cfg: Config, data: Digits) -> str:
-    return f"dcgan_mnist ({cfg.net}) on {data.name}, latent {cfg.latent_dim}, hidden {cfg.hidden_dim}, seed {cfg.seed}"
+    sizes = f"latent {cfg.latent_dim}, hidden {cfg.hidden_dim}"
+    return f"dcgan_mnist ({cfg.net}) on {data.name}, {sizes}, seed {cfg.seed}"
 
 
 # ---------------------------------------------------------------------- pictures and scores
@@ -259,10 +261,11 @@ def draw(cfg: Config, ema: nn.Module, data: Digits, folder: Path, heading: str) 
     def make(z: torch.Tensor) -> torch.Tensor:
         return ema(z.to(device)).cpu()
 
-    run.save_grid(folder / "samples.png", make(torch.randn(100, cfg.latent_dim, generator=g)), heading, nrow=10)
+    z = torch.randn(100, cfg.latent_dim, generator=g)
+    run.save_grid(folder / "samples.png", make(z), heading, nrow=10)
     real = data.images[torch.randint(len(data.images), (32,), generator=g)].float() / 127.5 - 1
     kind = "drawn" if cfg.data == "drawn" else "real"
-    run.save_grid(folder / "real_beside_generated.png", torch.cat([real, make(torch.randn(32, cfg.latent_dim, generator=g))]),
+    run.save_grid(folder / "real_beside_generated.png", torch.cat([real, make(z[:32])]),
                   f"{heading}: four rows of {kind} images, four of generated ones")
 
     # z1 + i/K·(z2 - z1) with K = 9: i = 0 … 9, then i = -5 … 14
@@ -278,20 +281,20 @@ def evaluate(cfg: Config, data: Digits, judge: evaluator.Judge, folder: Path, de
     """Score last.pt and best.pt against the test images; print the tables and write scores.json."""
     real = evaluator.digit_moments(judge, data.test_images, device)
     inception = evaluator.get_inception(cfg.fid_weights, device)
-    settings = judge, real, cfg.eval_images, cfg.eval_draws, cfg.seed + 1  # other z than best.pt was chosen with
+    much = cfg.eval_images, cfg.eval_draws, cfg.seed + 1  # other z than best.pt was chosen with
     scores = {"data": data.name, "judge": judge.title, "judge_held_out": judge.held_out,
               "n_real": len(data.test_images), "n_fake": cfg.eval_images, "draws": cfg.eval_draws}
 
     def training_images(n: int, g: torch.Generator) -> torch.Tensor:
         return data.images[torch.randint(len(data.images), (n,), generator=g)].to(device) / 127.5 - 1
 
-    rows = {f"{data.name}'s training images": evaluator.score_digits(training_images, *settings)}
+    rows = {f"{data.name}'s training images": evaluator.score_digits(training_images, judge, real, *much)}
     for name in ("best", "last"):
         if (folder / f"{name}.pt").exists():
             ema, step = load(cfg, folder, f"{name}.pt", device)
-            result = evaluator.score_digits(sampler(cfg, ema), *settings)
+            result = evaluator.score_digits(sampler(cfg, ema), judge, real, *much)
             if inception:
-                result["FID"] = evaluator.score_fid(sampler(cfg, ema), inception, data.test_images, *settings[2:])
+                result["FID"] = evaluator.score_fid(sampler(cfg, ema), inception, data.test_images, *much)
             rows[f"{name}.pt (step {step})"] = result
             scores[name] = {"step": step} | result
     scores["training images"] = rows[f"{data.name}'s training images"]
@@ -309,6 +312,8 @@ def evaluate(cfg: Config, data: Digits, judge: evaluator.Judge, folder: Path, de
 
 def main() -> int:
     action, cfg, folder = run.parse(Config, QUICK, __doc__)
+    if action == "sweep":
+        return run.sweep(cfg, train)
     if action in ("train", "resume"):
         return train(cfg, folder)
     device = run.pick_device(cfg.device)

@@ -1,6 +1,6 @@
 """Judges and scores: how well do generated images show what they were asked to show?
 
-    python evaluator.py scenes --data data/iclevr   # train and cache the i-CLEVR judge, print its held-out accuracy
+    python evaluator.py scenes --data data/iclevr   # train and cache a judge of i-CLEVR, print its accuracy
     python evaluator.py digits --data drawn         # the same for the drawn digits
 
 A judge is a classifier trained on real (or drawn) images whose held-out accuracy is printed with every score.
@@ -23,6 +23,7 @@ from common.fid import Inception, Moments, features, frechet_distance, load_ince
 from common.run import NotFinite, UserError, entry, pick_device, write_whole
 
 JUDGES = Path("data") / "judges"
+Sampler = Callable[[int, torch.Generator], torch.Tensor]  # (n, source of z) → images [n, C, S, S] in [-1, 1]
 
 
 class JudgeNet(ResNet):
@@ -45,7 +46,7 @@ class JudgeNet(ResNet):
 
 
 class DigitNet(nn.Sequential):
-    """A small CNN: [B, 1, 32, 32] in [-1, 1] → probabilities [B, n_classes]. `width`: of the last convolution."""
+    """A small CNN, [B, 1, 32, 32] in [-1, 1] → probabilities [B, n_classes]; `width`: of the last conv."""
     size = 32
 
     def __init__(self, n_classes: int, width: int = 64):
@@ -124,12 +125,12 @@ def score_sets(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_d
 
 
 def print_table(results: dict[str, dict], columns: list[str]) -> None:
-    """Rows of {column: (mean, standard deviation)} as mean ± standard deviation, "-" where a row lacks one."""
+    """Rows of {column: (mean, standard deviation)} as mean ± standard deviation, "-": none."""
     first = max(map(len, results)) + 2
-    print(" " * first + "".join(f"{c:>19}" for c in columns))
+    print(" " * first + "".join(f"{c:>22}" for c in columns))
     for name, scores in results.items():
         cells = [f"{scores[c][0]:.4f} ± {scores[c][1]:.4f}" if c in scores else "-" for c in columns]
-        print(f"{name:<{first}}" + "".join(f"{c:>19}" for c in cells))
+        print(f"{name:<{first}}" + "".join(f"{c:>22}" for c in cells))
 
 
 # ---------------------------------------------------------------------- digits' scores
@@ -143,14 +144,14 @@ def digit_moments(judge: Judge, images: torch.Tensor, device: torch.device) -> M
 
 
 @torch.no_grad()
-def score_digits(sample: Callable[[int, torch.Generator], torch.Tensor], judge: Judge, real: Moments, n: int,
-                 draws: int, seed: int) -> dict[str, tuple]:
+def score_digits(sample: Sampler, judge: Judge, real: Moments, n: int, draws: int,
+                 seed: int) -> dict[str, tuple]:
     """Score n generated digits, over several draws of z.
 
-    sample(how many, generator) → images [k, 1, S, S] in [-1, 1]. Returns {score: (mean, std over draws)}:
-    "FD (judge)" to the real images' moments; of the judge's classes "chi2" (Pearson's, against uniform, 9
-    degrees of freedom) and "TV" (total-variation distance to uniform); "histogram": (10 mean shares, their
-    stds). Draw i is the same z for one seed, whatever the device; the global random state is left alone.
+    Returns {score: (mean, std over draws)}: "FD (judge)" to the real images; of the classes the judge
+    sees "chi2" (Pearson's, against uniform, 9 degrees of freedom) and "TV" (total-variation distance to
+    uniform); "histogram": (10 mean shares, their stds). Draw i is the same z for one seed, whatever the
+    device; the global random state is left alone.
     """
     g, runs = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
@@ -172,14 +173,14 @@ def distance(a: Moments, b: Moments) -> float:
 
 
 def count_digits(counts: torch.Tensor) -> dict[str, float]:
-    """How far from uniform counts [10] of digits are: Pearson's "chi2", and "TV", half the sum of |p - 1/10|."""
+    """How far from uniform counts [10] of digits are: Pearson's "chi2"; "TV", half the sum of |p - 1/10|."""
     n = counts.sum()
     return {"chi2": ((counts - n / 10).square().sum() / (n / 10)).item(),
             "TV": ((counts / n - 0.1).abs().sum() / 2).item()}
 
 
 def get_inception(weights: str, device: torch.device) -> Inception | None:
-    """FID's network as --fid-weights names it; None, with a line that says why, where "auto" can't have it."""
+    """FID's network as --fid-weights names it; None, with a line saying why, where "auto" can't have it."""
     if weights == "none" or weights == "auto" and device.type == "cpu":
         if weights == "auto":
             print("FID: not measured on a CPU unless --fid-weights names its network's file")
@@ -194,12 +195,9 @@ def get_inception(weights: str, device: torch.device) -> Inception | None:
 
 
 @torch.no_grad()
-def score_fid(sample: Callable[[int, torch.Generator], torch.Tensor], net: Inception, real: torch.Tensor, n: int,
-              draws: int, seed: int) -> tuple[float, float]:
-    """FID of n generated images to real ones, uint8 [N, 1 or 3, S, S]: mean and standard deviation over draws of z.
-
-    sample and seed as in score_digits.
-    """
+def score_fid(sample: Sampler, net: Inception, real: torch.Tensor, n: int, draws: int,
+              seed: int) -> tuple[float, float]:
+    """FID of n generated images to real ones, uint8 [N, 1 or 3, S, S]: mean and std over draws of z."""
     device, g = net.fc.weight.device, torch.Generator().manual_seed(seed)
 
     def moments(batches: Iterable[torch.Tensor]) -> Moments:
@@ -240,11 +238,11 @@ def get_judge(choice: str, data: LabelledScenes | Digits, width: int, steps: int
     return load_judge(path, data, device)
 
 
-NETS = {"scenes": (JudgeNet, 8, "ResNet-18"), "digits": (DigitNet, 2, "digit CNN")}  # features = number · width
+NETS = {"scenes": (JudgeNet, 8, "ResNet-18"), "digits": (DigitNet, 2, "digit CNN")}  # features: n · width
 
 
 def load_judge(path: Path, data: LabelledScenes | Digits, device: torch.device) -> Judge:
-    """A judge's checkpoint: {"model": weights of a JudgeNet or DigitNet, …}; the i-CLEVR course's is one, too."""
+    """A judge's checkpoint: {"model": weights of a JudgeNet or DigitNet, …}, as the i-CLEVR course's is."""
     if not path.is_file():
         raise UserError(f"--judge {path}: there is no such file")
     Net, times, kind = NETS[data.kind]
@@ -275,26 +273,28 @@ def train_judge(data: LabelledScenes | Digits, width: int, steps: int,
                 device: torch.device) -> tuple[nn.Module, dict]:
     """Train a judge of the data's kind; returns it with its scores on images it was not trained on.
 
-    Scenes: on nine tenths of the scenes, mirrored at random; digits: on the training set, tested on the test set.
-    The held-out images are looked at once, after training: nothing is chosen by them. The global random
+    Scenes: on nine tenths of the scenes, mirrored at random; digits: on the training set, tested on the test
+    set. The held-out images are looked at once, after training: nothing is chosen by them. The global random
     state is left alone.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         net = NETS[data.kind][0](len(data.classes), width).to(device)
+        judge = Judge(net, "", None)
+
+        def scores(images: torch.Tensor) -> torch.Tensor:
+            return torch.cat([judge(part.to(device) / 127.5 - 1).cpu() for part in images.split(256)])
+
         if isinstance(data, Digits):
             fit_judge(net, data.images, data.labels, F.cross_entropy, steps, 64, False)
-            judge = Judge(net, "", None)
-            found = torch.cat([judge(x.to(device) / 127.5 - 1).argmax(1).cpu() for x in data.test_images.split(256)])
-            return net, {"accuracy": (found == data.test_labels).float().mean().item()}
+            right = scores(data.test_images).argmax(1) == data.test_labels
+            return net, {"accuracy": right.float().mean().item()}
         if len(data.scene.unique()) < 10:
             raise UserError(f"{data.name} has fewer than 10 scenes, too few for a judge: use --judge none")
         test = data.held_out()
         target = F.one_hot(data.labels, len(data.classes) + 1)[..., :-1].sum(1).float()
         fit_judge(net, data.images[~test], target[~test], F.binary_cross_entropy_with_logits, steps, 32, True)
-        judge = Judge(net, "", None)
-        scores = torch.cat([judge(part.to(device) / 127.5 - 1).cpu() for part in data.images[test].split(256)])
-        return net, count_objects(scores, data.labels[test])
+        return net, count_objects(scores(data.images[test]), data.labels[test])
 
 
 def fit_judge(net: nn.Module, images: torch.Tensor, target: torch.Tensor, criterion: Callable, steps: int,
@@ -351,7 +351,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("kind", choices=list(NETS), help="what the judge is to know")
     parser.add_argument("--data", default="auto", help="auto, drawn, mnist (digits), or the set's folder")
-    parser.add_argument("--image-size", type=int, help="the size at which images are loaded (default: 64, digits 32)")
+    parser.add_argument("--image-size", type=int, help="the size they are loaded at (default: 64, digits 32)")
     parser.add_argument("--judge-width", type=int, default=64, help="64 is ResNet-18; less is faster")
     parser.add_argument("--judge-steps", type=int, default=5000, help="training steps")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")

@@ -341,12 +341,16 @@ def evaluate(cfg: Config, data: LabelledScenes, judge: evaluator.Judge, folder: 
                                            device)  # other z than best.pt was chosen with
             scores[name] = {"step": step, **results}
             print(f"\n{name}.pt (step {step}), {data.name}, {cfg.eval_draws} draws; judge: {judge.title}")
+            # a sweep's and the README's table take this; of best.pt where there is one
+            scores.setdefault("summary", {f"accuracy {test}": r["accuracy"] for test, r in results.items()})
             evaluator.print_table(results, ["accuracy", "exact", "accuracy_1", "accuracy_2", "accuracy_3"])
     run.write_whole(folder / "scores.json", lambda p: p.write_text(json.dumps(scores, indent=1) + "\n"))
 
 
 def main() -> int:
     action, cfg, folder = run.parse(Config, QUICK, __doc__)
+    if action == "sweep":
+        return run.sweep(cfg, train)
     if action in ("train", "resume"):
         return train(cfg, folder)
     device = run.pick_device(cfg.device)

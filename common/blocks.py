@@ -1,4 +1,4 @@
-"""Building blocks that scripts share: spectral norm, conditional batch norm, residual blocks, initialisation."""
+"""Blocks that scripts share: spectral norm, conditional batch norm, residual blocks, initialisation."""
 import contextlib
 import math
 

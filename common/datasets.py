@@ -162,7 +162,7 @@ def load_digits(source: str, image_size: int, n_drawn: int = 60_000) -> Digits:
     """
     if source == "drawn":
         d = _drawn_digits(n_drawn)
-        sets = [(d["images"][:n_drawn], d["labels"][:n_drawn]), (d["images"][n_drawn:], d["labels"][n_drawn:])]
+        sets = [(d["images"][part], d["labels"][part]) for part in (slice(n_drawn), slice(n_drawn, None))]
         factors = {name: value[n_drawn:] for name, value in d["factors"].items()}
     else:
         root = Path("data") if source == "mnist" else Path(source)
@@ -175,7 +175,7 @@ def load_digits(source: str, image_size: int, n_drawn: int = 60_000) -> Digits:
 
 
 def pick_digits(data: str) -> str:
-    """Resolve --data: "auto" is "mnist" where it lies under data/ or can be downloaded, else "drawn", said aloud."""
+    """Resolve --data: "auto" is "mnist" where that is under data/ or can be had, else "drawn", said aloud."""
     if data != "auto":
         return data
     try:
@@ -199,12 +199,12 @@ def _read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, 
     try:
         mnist = MNIST(root, train=train, download=missing)
         images, labels = mnist.data, mnist.targets
-        assert images.shape == (len(labels), 28, 28) and len(labels) and 0 <= labels.min() <= labels.max() <= 9
+        assert images.shape == (len(labels), 28, 28) and 0 <= labels.min() <= labels.max() <= 9
     except Exception as error:  # torchvision raises many kinds for damaged files
         reason = " ".join(str(error).split())[-100:]
         if not missing:
-            raise UserError(f"{raw}/{part}-*-ubyte: damaged, or not MNIST's ({type(error).__name__} {reason}): "
-                            "delete them and fetch them again") from None
+            what = f"damaged, or not MNIST's ({type(error).__name__} {reason})"
+            raise UserError(f"{raw}/{part}-*-ubyte: {what}: delete them and fetch them again") from None
         for folder in new:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

@@ -92,7 +92,10 @@ class Inception(tv.Inception3):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 1 or 3, H, W] in [0, 1] → features [N, 2048]; fp32 even under autocast."""
+        """Images [N, 1 or 3, H, W] in [0, 1] → features [N, 2048]; fp32 even under autocast.
+
+        On CUDA, cuDNN may round factors to TF32 (torch's default), as it does for pytorch-fid.
+        """
         with torch.autocast(images.device.type, enabled=False):
             x = images.float()
             if x.shape[-2:] != (299, 299):
@@ -163,8 +166,8 @@ class Moments:
         """Add features [N, D]. Raises UserError where they are not finite."""
         x = x.detach().double()
         if not x.isfinite().all():
-            raise UserError(f"NaN or infinite features among images {self.count} to {self.count + len(x) - 1}: "
-                            "has the generator diverged, or are the network's weights not loaded?")
+            raise UserError(f"NaN or infinite features after {self.count} good images: has the generator "
+                            "diverged, or were no weights loaded?")
         if self._mean is None:
             self._mean, self._scatter = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
         total = self.count + len(x)
@@ -193,7 +196,7 @@ class Moments:
         arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
         arrays |= {"n": self.count} if self.count is not None else {}
         try:
-            write_whole(Path(path), lambda p: np.savez_compressed(p, **arrays))
+            write_whole(Path(path), lambda p: np.savez(p, **arrays))
         except OSError as error:
             raise UserError(f"{path} can't be written ({error.strerror}): name a file elsewhere") from None
 
@@ -247,7 +250,7 @@ def _root(sigma: np.ndarray) -> np.ndarray:
     lower, pivots, rank, _ = dpstrf(sigma, lower=1)
     root = np.empty((len(sigma), rank))
     root[pivots - 1] = np.tril(lower)[:, :rank]
-    trace, skew = np.trace(sigma), np.abs(sigma - sigma.T).max()
+    trace, skew = np.trace(sigma), np.abs(sigma.sum(0) - sigma.sum(1)).max()
     if skew > 1e-6 * trace or abs((root ** 2).sum() - trace) > 1e-3 * trace:
         raise UserError("a matrix that is not symmetric, or has negative eigenvalues, is no covariance: "
                         "make the statistics again")

@@ -6,6 +6,7 @@ import argparse
 import csv
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Literal, get_args, get_origin
 
 import torch
@@ -64,7 +66,8 @@ def entry(main: Callable[[], int | None]) -> None:
 # ---------------------------------------------------------------------- command line
 
 FREE_ON_RESUME = ("iters", "log_every", "sample_every", "eval_every", "save_every")
-FREE_ON_USE = ("device", "precision", "judge", "seed", "eval_draws", "eval_images", "fid_weights", "pairs")  # what --sample and --eval may change
+# what --sample and --eval may change
+FREE_ON_USE = ("device", "precision", "judge", "seed", "eval_draws", "eval_images", "fid_weights", "pairs")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +78,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(Config: type, quick: dict, description: str, argv: list[str] | None = None):
     """Read the command line into (action, config, folder).
 
-    action is "train", "resume", "sample" or "eval"; folder is the run named by the last three, else None.
+    action is "train", "resume", "sample", "eval" or "sweep"; folder is the run that the middle three name, or
+    None. For "sweep" config is a list of them, one for each combination of the values given.
     Every field of Config is a flag, its trailing comment the help. `quick` holds the values that --quick
     presets.
     Raises UserError for anything that does not fit, config.json of the run included.
@@ -89,6 +93,8 @@ def parse(Config: type, quick: dict, description: str, argv: list[str] | None = 
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     group.add_argument("--sample", metavar="RUN", help="write pictures from the run in this folder")
     group.add_argument("--eval", metavar="RUN", help="score the run in this folder")
+    group.add_argument("--sweep", metavar="FIELD=V1,V2", nargs="+",
+                       help="a run for each combination, in folders below --out, and a table of their scores")
     for field in dataclasses.fields(Config):
         flag, kind = "--" + field.name.replace("_", "-"), field.type
         text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
@@ -100,7 +106,11 @@ def parse(Config: type, quick: dict, description: str, argv: list[str] | None = 
             parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
     given = vars(parser.parse_args(argv))
     use_quick = given.pop("quick", False)
-    action = next((a for a in ("resume", "sample", "eval") if a in given), "train")
+    action = next((a for a in ("resume", "sample", "eval", "sweep") if a in given), "train")
+    if action == "sweep":
+        out = f"runs/{Path(inspect.getfile(Config)).stem}-sweep"
+        given = {**(quick if use_quick else {}), "out": out, **given}
+        return action, _combinations(Config, parser, given.pop("sweep"), given), None
     if action == "train":
         cfg = Config(**{**(quick if use_quick else {}), **given})
         _check_ranges(cfg)
@@ -109,17 +119,44 @@ def parse(Config: type, quick: dict, description: str, argv: list[str] | None = 
     folder = Path(given.pop(action))
     if use_quick:
         raise UserError(f"--quick is for a new run; {folder} has its own config")
-    script = Path(inspect.getfile(Config)).name
-    cfg = _read_config(Config, folder, script)
-    free = FREE_ON_RESUME if action == "resume" else FREE_ON_USE
+    cfg = _stored_with(Config, folder, given, FREE_ON_RESUME if action == "resume" else FREE_ON_USE)
+    _check_ranges(cfg)
+    return action, cfg, folder
+
+
+def _stored_with(Config: type, folder: Path, given: dict, free: tuple[str, ...]):
+    """The config of the run in `folder`, with the given values for the fields that are free to change."""
+    cfg = _read_config(Config, folder, Path(inspect.getfile(Config)).name)
     differs = [name for name, value in given.items() if value != getattr(cfg, name) and name not in free]
     if differs:
         what = ", ".join(f"{n} is {getattr(cfg, n)!r} there and {given[n]!r} here" for n in differs)
         raise UserError(f"{folder}/config.json has another config: {what}. Leave these flags out, "
-                        f"or start a new run (--{action} may change {', '.join(free)})")
-    cfg = dataclasses.replace(cfg, **given)
-    _check_ranges(cfg)
-    return action, cfg, folder
+                        f"or start a new run (free to change are {', '.join(free)})")
+    return dataclasses.replace(cfg, **given)
+
+
+def _combinations(Config: type, parser: _Parser, sweep: list[str], given: dict) -> list:
+    """A config for each combination of the FIELD=V1,V2,… in `sweep`, each to run in a folder of its own."""
+    kinds, ways = {field.name: field.type for field in dataclasses.fields(Config)}, {}
+    for item in sweep:
+        name, _, values = item.partition("=")
+        if name not in kinds or name == "out" or not values or name in ways:
+            raise UserError(f"--sweep {item}: give each field of the Config (a flag, with _ for -) once, as "
+                            "FIELD=V1,V2")
+        flag = "--" + name.replace("_", "-")
+        arguments = {value: f"{flag}={value}" for value in values.split(",")}
+        if kinds[name] is bool:
+            switch = {"true": flag, "false": "--no-" + flag[2:]}
+            arguments = {value: switch.get(value, f"{flag}={value}") for value in arguments}
+        # read as the flag is, so that what is refused there is refused here
+        ways[name] = {value: vars(parser.parse_args([text]))[name] for value, text in arguments.items()}
+    configs = []
+    for texts in itertools.product(*ways.values()):
+        chosen = {name: ways[name][text] for name, text in zip(ways, texts)}
+        folder = ",".join(f"{name}={text}" for name, text in zip(ways, texts))
+        configs.append(Config(**{**given, **chosen, "out": str(Path(given["out"]) / folder)}))
+        _check_ranges(configs[-1])
+    return configs
 
 
 def _check_ranges(cfg) -> None:
@@ -259,6 +296,7 @@ class Run:
         self.iters, self.started, self.columns = cfg.iters, time.monotonic(), ["step", "seconds", *columns]
         self.folder, self.seconds_before, self.signal = resume or free_folder(cfg.out, name), 0.0, None
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        (self.folder / "scores.json").unlink(missing_ok=True)  # what has one is finished
         earlier = json.loads((resume / "config.json").read_text()).get("sittings", []) if resume else []
         command = " ".join([script, *sys.argv[1:]])
         sitting = {"from_step": step, "command": command, **circumstances(cfg.device)}
@@ -272,7 +310,7 @@ class Run:
         self._mark = (time.monotonic(), step)
 
     def _cut_to(self, step: int) -> None:
-        """Drop the rows and pictures that a killed run wrote after its last checkpoint."""
+        """Drop what a killed run wrote after its last checkpoint, or had not written to the end."""
         path = self.folder / "metrics.csv"
         rows = []
         if path.is_file():
@@ -290,6 +328,8 @@ class Run:
         for picture in (self.folder / "samples").glob("step_*.png"):
             if int(picture.stem[5:]) > step:
                 picture.unlink()
+        for half_written in self.folder.rglob(".*.*.*"):  # by write_whole, when it was killed
+            half_written.unlink()
 
     @property
     def seconds(self) -> float:
@@ -366,6 +406,66 @@ def free_folder(out: str, name: str) -> Path:
     return folder
 
 
+# ---------------------------------------------------------------------- several runs
+
+def sweep(configs: list, train: Callable) -> int:
+    """Train each config that is not finished, one by one; print and write a table of all scores.
+
+    Called again with the same values, it goes on where it was cut off. A run that diverges is told of in the
+    table and ends no other. The table is also sweep.csv above the runs' folders: what scores.json has as
+    "summary", and the seconds that 1,000 iterations took. Returns the exit status.
+    """
+    rows, worst = {}, 0
+    for number, cfg in enumerate(configs, 1):
+        folder = Path(cfg.out)
+        print(f"\n--- run {number} of {len(configs)}: {folder.name}", flush=True)
+        try:
+            if not folder.exists():
+                status = train(cfg)
+            else:  # "auto" may have been resolved since
+                given = {k: v for k, v in vars(cfg).items() if k != "out" and v != "auto"}
+                stored = _stored_with(type(cfg), folder, given, FREE_ON_RESUME)
+                before = _stored_with(type(cfg), folder, {}, ()).iters
+                finished = (folder / "scores.json").exists() and before == cfg.iters
+                status = 0 if finished else train(stored, folder)
+            if status:
+                return status
+            row = {}
+            if (folder / "scores.json").exists():
+                row = json.loads((folder / "scores.json").read_text())["summary"]
+            rows[folder.name] = row | {"s / 1,000 its": 1000 * seconds_per_iteration(folder / "metrics.csv")}
+        except NotFinite as error:
+            print(f"error: {error}", file=sys.stderr)
+            rows[folder.name], worst = {"": f"diverged: {error}"}, 3
+
+    def cell(value) -> str:
+        if isinstance(value, list):  # mean and standard deviation
+            return f"{value[0]:.4g} ± {value[1]:.2g}"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [["run", *columns]]
+    lines += [[name, *(cell(row.get(column, "")) for column in columns)] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print()
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+
+    def write(path: Path) -> None:
+        with open(path, "w", newline="") as f:
+            csv.writer(f).writerows(lines)
+    write_whole(Path(configs[0].out).parent / "sweep.csv", write)
+    return worst
+
+
+def seconds_per_iteration(table: Path) -> float:
+    """Median over the rows of losses in metrics.csv: what else is done in between does not count."""
+    with open(table, newline="") as f:
+        rows = [r for r in csv.reader(f)][1:]
+    points = [(int(r[0]), float(r[1])) for r in rows if r[2]]  # rows of scores have no losses
+    return median([(t - s) / (j - i) for (i, s), (j, t) in zip(points, points[1:]) if j > i] or [math.nan])
+
+
 # ---------------------------------------------------------------------- pictures
 
 def save_grid(path: Path, images: torch.Tensor, title: str, nrow: int = 8) -> None:
@@ -399,6 +499,9 @@ def save_gif(path: Path, pictures: list[Path], milliseconds: int = 250) -> None:
     write_whole(path, lambda p: frames[0].save(p, **options))
 
 
+SCORES = ("accuracy", "fd", "tv")  # what the names of columns that are scores begin with
+
+
 def draw_curves(table: Path, path: Path, title: str) -> None:
     """The columns of metrics.csv over the step: losses and probabilities in one panel, scores in a second."""
     with open(table, newline="") as f:
@@ -408,7 +511,7 @@ def draw_curves(table: Path, path: Path, title: str) -> None:
     for name in names:
         points = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
         if points:
-            ax, marker = (below, ".") if "accuracy" in name else (above, None)
+            ax, marker = (below, ".") if name.startswith(SCORES) else (above, None)
             ax.plot(*zip(*points), marker=marker, linewidth=1, label=name)
     for ax in (above, below):
         ax.grid(alpha=0.3)

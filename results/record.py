@@ -2,6 +2,8 @@
 
     python results/record.py runs/NAME KEPT_AS [--note TEXT]   # results/KEPT_AS.json and .png, then the table
     python results/record.py                                   # the table alone
+
+The grid kept is the first that is there of test.png and samples.png; --grids names others to keep beside it.
 """
 import argparse
 import json
@@ -12,37 +14,45 @@ from PIL import Image
 
 RESULTS = Path(__file__).resolve().parent
 README = RESULTS.parent / "README.md"
+sys.path.insert(0, str(RESULTS.parent))
+from common.run import seconds_per_iteration  # noqa: E402
 START, END = "<!-- results: built by results/record.py -->", "<!-- end of results -->"
 
 
-def record(folder: Path, name: str, note: str) -> None:
-    """results/NAME.json from the run's config, scores and metrics; its test grid as results/NAME.png."""
+def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
+    """results/NAME.json from the run's config, scores and metrics; its grid as results/NAME.png, others beside."""
     config = json.loads((folder / "config.json").read_text())
     scores = json.loads((folder / "scores.json").read_text())
     last_row = (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
+    pace = seconds_per_iteration(folder / "metrics.csv")
     kept = {"script": config["script"], "command": config["sittings"][0]["command"], "note": note,
-            "seconds": round(float(last_row[1])), "iterations": int(last_row[0]), "scores": scores,
+            "seconds": round(float(last_row[1])), "iterations": int(last_row[0]),
+            "seconds_per_1000_iterations": round(1000 * pace, 1), "grids": grids, "scores": scores,
             "sittings": config["sittings"], "config": config["config"]}
     (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    Image.open(folder / "test.png").save(RESULTS / f"{name}.png", optimize=True)
+    first = next(p for p in (folder / "test.png", folder / "samples.png") if p.is_file())
+    Image.open(first).save(RESULTS / f"{name}.png", optimize=True)
+    for grid in grids:
+        Image.open(folder / f"{grid}.png").save(RESULTS / f"{name}_{grid}.png", optimize=True)
 
 
 def rows() -> list[str]:
     """One line of Markdown for each JSON that is a run's."""
-    lines = ["| run | data | accuracy: test / new_test | judge | iterations, time, hardware | grid |",
+    lines = ["| run | data | scores | judge | iterations, time, hardware | pictures |",
              "| --- | --- | --- | --- | --- | --- |"]
     for path in sorted(RESULTS.glob("*.json")):
         kept = json.loads(path.read_text())
         if "scores" not in kept:
             continue
         scores = kept["scores"]
-        best = scores["best"]
-        accuracy = ["{:.3f} ± {:.3f}".format(*best[test]["accuracy"]) for test in ("test", "new_test")]
+        values = [f"{name} {mean:.4g} ± {std:.2g}" for name, (mean, std) in scores["summary"].items()]
         hardware = kept["sittings"][0]["hardware"]
+        pictures = {"grid": f"{path.stem}.png"} | {g: f"{path.stem}_{g}.png" for g in kept.get("grids", [])}
+        pictures["all figures"] = path.name
         cells = [f"`python {kept['command']}`" + (f"<br>{kept['note']}" if kept["note"] else ""),
-                 scores["data"], f"{' / '.join(accuracy)} ({scores['draws']} draws)", scores["judge"],
+                 scores["data"], f"{', '.join(values)} ({scores['draws']} draws)", scores["judge"],
                  f"{kept['iterations']:,} in {kept['seconds'] / 60:.0f} min on {hardware}",
-                 f"[grid](results/{path.stem}.png), [all figures](results/{path.name})"]
+                 ", ".join(f"[{text}](results/{file})" for text, file in pictures.items())]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -53,12 +63,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", help="the run")
     parser.add_argument("name", nargs="?", help="what to keep it as")
     parser.add_argument("--note", default="", help="a remark for the table")
+    parser.add_argument("--grids", nargs="*", default=[], help="further pictures to keep, such as interpolation")
     args = parser.parse_args()
     if args.folder and not (args.name and (args.folder / "scores.json").is_file()):
         print(f"error: {args.folder}: give a run with scores.json (see --eval) and a name", file=sys.stderr)
         return 2
     if args.folder:
-        record(args.folder, args.name, args.note)
+        record(args.folder, args.name, args.note, args.grids)
     text = README.read_text()
     before, rest = text.split(START)
     README.write_text(before + START + "\n" + "\n".join(rows()) + "\n" + END + rest.split(END)[1])

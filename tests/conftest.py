@@ -1,15 +1,18 @@
 """Everything here is offline and runs in a temporary folder: scripts keep data/ and runs/ in the working
 directory."""
+import csv
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -56,7 +59,7 @@ def command(name: str, *args: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+    return os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -113,3 +116,89 @@ def make_iclevr(folder: Path, n_scenes: int = 6) -> Path:
 @pytest.fixture
 def iclevr(tmp_path) -> Path:
     return make_iclevr(tmp_path / "iclevr")
+
+
+def make_mnist(root: Path, n_train: int = 40, n_test: int = 20) -> Path:
+    """root/MNIST/raw with the four idx files, of drawn digits."""
+    from common import worlds
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images, labels, _ = worlds.digits(n_train + n_test)
+    for part, rows in (("train", slice(n_train)), ("t10k", slice(n_train, None))):
+        for kind, dims, x in (("images-idx3", 3, images[rows, 0]), ("labels-idx1", 1, labels[rows].byte())):
+            header = bytes([0, 0, 8, dims]) + b"".join(size.to_bytes(4, "big") for size in x.shape)
+            (raw / f"{part}-{kind}-ubyte").write_bytes(header + x.numpy().tobytes())
+    return root
+
+
+def same(a, b, path="") -> None:
+    """Two checkpoints hold the same bits."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def same_runs(a, b) -> None:
+    for name in ("last.pt", "best.pt"):
+        one, other = (torch.load(f / name, weights_only=True) for f in (a, b))
+        one["config"].pop("out"), other["config"].pop("out")
+        same(one, other, name)
+    rows = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(f / "metrics.csv"))]
+        for f in (a, b)
+    ]
+    assert rows[0] == rows[1]
+    pictures = [{p.name: p.read_bytes() for p in (f / "samples").iterdir()} for f in (a, b)]
+    assert pictures[0] == pictures[1]
+
+
+def wait_for(condition, process, seconds=120):
+    for _ in range(seconds * 50):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("it did not come that far")
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU."""
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"):
+            self.reads += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def refuses(tmp_path, monkeypatch, capsys, request):
+    """Runs main of the test module's SCRIPT; expects status 2, one line, and an untouched folder."""
+    from common import run
+
+    def files() -> dict:
+        return {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and "cache" not in str(p)}
+
+    def check(*argv, message):
+        script = request.module.SCRIPT
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", [Path(script.__file__).name, *argv])
+        before = files()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            run.entry(script.main)
+        error = capsys.readouterr().err
+        assert left.value.code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+        assert files() == before
+
+    return check

@@ -4,12 +4,14 @@ import os
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 from common import datasets, worlds
 from common.datasets import Batches, load_iclevr
 from common.run import UserError
-from tests.conftest import make_iclevr
+from tests.conftest import make_iclevr, make_mnist
 
 
 def test_loads_any_size_and_pads_sorted_labels(iclevr):
@@ -162,3 +164,83 @@ def test_drawn_scenes_are_cached_and_own_the_test_lists(tmp_path, monkeypatch):
 
 def test_the_fixture_is_what_it_claims(tmp_path):
     assert len(list((make_iclevr(tmp_path / "x", 2) / "images").iterdir())) == 6
+
+
+# ------------------------------------------------------------------------------------------------- digits
+
+def test_mnist_is_read_as_it_lies_and_resized(tmp_path):
+    make_mnist(tmp_path)
+    images, labels, _ = worlds.digits(60)
+    data = datasets.load_digits(str(tmp_path), 28)
+    assert torch.equal(data.images, images[:40]) and torch.equal(data.test_images, images[40:])
+    assert torch.equal(data.labels, labels[:40]) and torch.equal(data.test_labels, labels[40:])
+    assert data.name == "MNIST" and data.classes == tuple("0123456789") and not data.test_factors
+    for size in (32, 64):
+        resized = datasets.load_digits(str(tmp_path), size)
+        assert resized.images.shape == (40, 1, size, size) and resized.images.dtype == torch.uint8
+        expected = torch.stack([to_tensor(Image.fromarray(x[0].numpy()).resize((size, size), Image.BILINEAR))
+                                for x in images[:40]])
+        assert (resized.images / 255 - expected).abs().max() < 0.006  # a level or so of rounding
+        assert resized.digest != data.digest
+
+
+def test_drawn_digits_come_with_their_factors_and_are_cached(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = datasets.load_digits("drawn", 32, 60)
+    assert data.name == "drawn digits" and data.images.shape == (60, 1, 32, 32)
+    assert len(data.test_images) == len(data.test_labels) == len(data.test_factors["slant"]) == 11
+    images, labels, factors = worlds.digits(71)
+    assert torch.equal(data.test_labels, labels[60:])
+    assert torch.equal(data.test_factors["width"], factors["width"][60:])
+    assert "drawing 60 digits" in capsys.readouterr().out
+    again = datasets.load_digits("drawn", 32, 60)
+    assert torch.equal(again.images, data.images) and again.digest == data.digest
+    assert not capsys.readouterr().out  # from the cache
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+
+
+def test_without_mnist_and_network_auto_draws_and_mnist_is_refused(tmp_path, monkeypatch, capsys, no_network):
+    monkeypatch.chdir(tmp_path)
+    assert datasets.pick_digits("auto") == "drawn"
+    assert "DRAWN" in capsys.readouterr().out
+    with pytest.raises(UserError, match="can't be downloaded.*--data drawn") as error:
+        datasets.load_digits("mnist", 32)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())  # no empty folders are left, which the next `auto` would trip over
+
+
+def test_auto_takes_mnist_where_it_lies(tmp_path, monkeypatch, no_network):
+    monkeypatch.chdir(tmp_path)
+    make_mnist(tmp_path / "data")
+    assert datasets.pick_digits("auto") == "mnist"
+    assert datasets.load_digits("mnist", 28).name == "MNIST"
+
+
+@pytest.mark.parametrize("name", datasets.MNIST_FILES)
+@pytest.mark.parametrize("keep", [0, 3, 10, -5])
+def test_damaged_or_missing_mnist_files_are_refused(tmp_path, monkeypatch, no_network, name, keep):
+    make_mnist(tmp_path / "data")
+    path = tmp_path / "data" / "MNIST" / "raw" / name
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=f"{name[:5].rstrip('-')}.*damaged.*fetch them again") as error:
+        datasets.load_digits(str(tmp_path / "data"), 32)
+    assert "\n" not in str(error.value)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):  # never passed over for drawn digits
+        datasets.load_digits(datasets.pick_digits("auto"), 32)
+    path.unlink()
+    with pytest.raises(UserError, match="should hold MNIST's four files"):
+        datasets.load_digits(str(tmp_path / "data"), 32)
+    assert not path.exists()
+
+
+def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
+    make_mnist(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
+    with pytest.raises(UserError, match="damaged"):
+        datasets.load_digits(str(tmp_path), 32)

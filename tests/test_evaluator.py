@@ -1,12 +1,15 @@
 """Scores by hand, judges of both origins, and what is refused."""
+import numpy as np
 import pytest
+import scipy
 import torch
 import torchvision
 from torch import nn
 
 import evaluator
-from common.datasets import load_iclevr
-from common.run import UserError
+from common import fid, worlds
+from common.datasets import Digits, load_iclevr
+from common.run import NotFinite, UserError
 
 CPU = torch.device("cpu")
 
@@ -44,9 +47,13 @@ def test_score_sets_means_over_draws_of_z():
         seen.append(z.clone())
         return z[:, :1, None, None] * torch.ones(1, 3, 64, 64)
 
-    judge = evaluator.Judge(
-        lambda x: torch.nn.functional.one_hot((x[:, 0, 0, 0] > 0).long(), 24).float(), "", None
-    )
+    class Net(nn.Module):  # sees object 1 in bright images, object 0 in dark ones
+        size = 64
+
+        def forward(self, x):
+            return nn.functional.one_hot((x[:, 0, 0, 0] > 0).long(), 24).float()
+
+    judge = evaluator.Judge(Net(), "", None)
     state = torch.get_rng_state()
     result = evaluator.score_sets(sample, 4, judge, sets, draws=6, seed=1, device=CPU)["one"]
     assert torch.equal(torch.get_rng_state(), state)
@@ -70,7 +77,7 @@ def test_the_course_s_checkpoint_is_used_as_it_is(tmp_path):
 
 def data_of(n_classes):
     class Data:
-        classes = tuple(str(i) for i in range(n_classes))
+        classes, kind = tuple(str(i) for i in range(n_classes)), "scenes"
     return Data()
 
 
@@ -119,14 +126,136 @@ def test_too_few_scenes_for_a_judge_are_refused(iclevr):
 
 def test_augmentation_moves_whole_images():
     torch.manual_seed(0)
-    x = torch.zeros(200, 3, 16, 16)
+    x = torch.zeros(300, 3, 32, 32)
     x[:, :, 8, 5] = 1
-    y = evaluator._augment(x)
+    y = evaluator._augment(x, mirror=True)
     at = y[:, 0].flatten(1).argmax(1)
-    rows, cols = at // 16, at % 16
-    assert y.shape == x.shape and set(rows.tolist()) == set(range(4, 13))
-    assert set(cols.tolist()) == set(range(1, 10)) | set(range(6, 15))  # 5 or, mirrored, 10; ± 4
+    rows, cols = at // 32, at % 32
+    assert y.shape == x.shape and set(rows.tolist()) == set(range(6, 11))
+    assert set(cols.tolist()) == set(range(3, 8)) | set(range(24, 29))  # 5 or, mirrored, 26; ± 2
+    cols = evaluator._augment(x, mirror=False)[:, 0].flatten(1).argmax(1) % 32
+    assert set(cols.tolist()) == set(range(3, 8))  # a mirrored digit is none
     torch.testing.assert_close(y.amax(1) > 0.5, y.amin(1) > 0.5)  # all three channels alike
+
+
+# ------------------------------------------------------------------------------------------------- digits
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels, factors = worlds.digits(1400)
+    return Digits("drawn digits", images[:1000], labels[:1000], images[1000:], labels[1000:], factors, "x")
+
+
+def test_a_judge_of_digits_learns_to_tell_them_apart(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    judge = evaluator.get_judge("auto", digits, 16, 150, CPU)
+    assert judge.held_out["accuracy"] > 0.8 and "digit CNN of width 16" in judge.title
+    found = judge(digits.test_images / 127.5 - 1)
+    torch.testing.assert_close(found.sum(1), torch.ones(400))
+    assert (found.argmax(1) == digits.test_labels).float().mean().item() == pytest.approx(
+        judge.held_out["accuracy"])
+    again = evaluator.get_judge(str(next((tmp_path / "data" / "judges").iterdir())), digits, 16, 150, CPU)
+    assert torch.equal(again(digits.test_images / 127.5 - 1), found)
+    with pytest.raises(UserError, match="is no ResNet-18|24"):  # a judge of something else
+        evaluator.get_judge(str(next((tmp_path / "data" / "judges").iterdir())), data_of(10), 16, 1, CPU)
+
+
+def test_features_are_what_the_last_layer_takes(digits):
+    torch.manual_seed(0)
+    judge = evaluator.Judge(evaluator.DigitNet(10, 8).eval(), "", None)
+    x = digits.images[:300] / 127.5 - 1
+    found, features = judge.with_features(x)
+    assert features.shape == (300, 16) and not features.requires_grad
+    torch.testing.assert_close(judge.net.fc(features), found)
+    assert torch.equal(judge(x), found) and not judge.net.fc._forward_pre_hooks
+
+
+def test_score_digits_by_hand(digits):
+    """A judge that reads the class off the first pixel, and two features off the next ones."""
+    class Net(nn.Module):
+        size = 32
+
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Identity()
+
+        def forward(self, x):
+            self.fc(x[:, 0, 0, 1:3].double())
+            return nn.functional.one_hot((x[:, 0, 0, 0] * 9).round().long().clamp(0), 10).float()
+
+    judge, seen = evaluator.Judge(Net(), "", None), []
+
+    def sample(n, g):
+        x = torch.rand(n, 1, 32, 32, generator=g)
+        x[:, 0, 0, 0] = (x[:, 0, 0, 0] ** 2 * 10).floor() / 9
+        seen.append(x)
+        return x
+
+    real = torch.randint(0, 256, (700, 1, 32, 32), generator=torch.Generator().manual_seed(5)).byte()
+    state = torch.get_rng_state()
+    result = evaluator.score_digits(sample, judge, evaluator.digit_moments(judge, real, CPU), 1200, 2, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    draws = [torch.cat(seen[:3]), torch.cat(seen[3:])]  # 500 + 500 + 200 each
+    rows = []
+    for x in draws:
+        assert len(x) == 1200
+        counts = (x[:, 0, 0, 0] * 9).round().long().bincount(minlength=10).double()
+        a, b = (real[:, 0, 0, 1:3].double() / 127.5 - 1).numpy(), x[:, 0, 0, 1:3].double().numpy()
+        cross = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+        fd = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * cross)
+        rows.append((fd, scipy.stats.chisquare(counts).statistic, 0.5 * abs(counts / 1200 - 0.1).sum().item()))
+    for name, column in zip(("FD (judge)", "chi2", "TV"), np.array(rows).T):
+        assert result[name] == pytest.approx((column.mean(), column.std(ddof=1)), rel=1e-5), name
+    assert sum(result["histogram"][0]) == pytest.approx(1)
+    one = evaluator.score_digits(sample, judge, evaluator.digit_moments(judge, real, CPU), 1200, 1, 3)
+    assert one["FD (judge)"] == (pytest.approx(rows[0][0], rel=1e-5), 0.0)  # the first draw again
+
+
+def test_real_digits_are_near_and_noise_is_far(digits):
+    torch.manual_seed(0)
+    judge = evaluator.Judge(evaluator.DigitNet(10, 8).eval(), "", None)
+    real = evaluator.digit_moments(judge, digits.test_images, CPU)
+    near = evaluator.score_digits(lambda n, g: digits.images[:n] / 127.5 - 1, judge, real, 400, 1, 0)
+    far = evaluator.score_digits(lambda n, g: torch.rand(n, 1, 28, 28, generator=g), judge, real, 400, 1, 0)
+    assert 0 < near["FD (judge)"][0] < 0.1 * far["FD (judge)"][0]
+    with pytest.raises(NotFinite, match="not finite"):
+        evaluator.score_digits(lambda n, g: torch.full((n, 1, 28, 28), torch.nan), judge, real, 400, 1, 0)
+
+
+def test_fid_is_the_distance_of_inception_s_features(digits):
+    class Net(nn.Module):  # the network itself is held against pytorch-fid's in test_fid.py
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(1, 1)
+
+        def forward(self, x):
+            assert 0 <= x.min() and x.max() <= 1
+            return torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3))], 1)
+
+    fakes = digits.images[:300] / 127.5 - 1
+    mean, std = evaluator.score_fid(lambda n, g: fakes[torch.randint(300, (n,), generator=g)], Net(),
+                                    digits.test_images, 250, 2, 0)
+    g = torch.Generator().manual_seed(0)
+    values = []
+    for _ in range(2):
+        x = torch.cat([fakes[torch.randint(300, (n,), generator=g)] for n in (100, 100, 50)]) / 2 + 0.5
+        a, b = fid.Moments(), fid.Moments()
+        a.update(Net()(digits.test_images / 255)), b.update(Net()(x))
+        values.append(fid.frechet_distance(a.mean, a.covariance, b.mean, b.covariance))
+    assert (mean, std) == pytest.approx((np.mean(values), np.std(values, ddof=1)), rel=1e-4)
+
+
+def test_fid_is_not_measured_where_its_weights_cannot_be_had(tmp_path, monkeypatch, capsys):
+    def no_network(weights, device):
+        raise UserError("no network")
+    assert evaluator.get_inception("none", CPU) is None and not capsys.readouterr().out
+    assert evaluator.get_inception("auto", CPU) is None
+    assert "not measured on a CPU" in capsys.readouterr().out
+    monkeypatch.setattr(evaluator, "load_inception", no_network)
+    assert evaluator.get_inception("auto", torch.device("cuda")) is None
+    assert "FID: not measured: no network" in capsys.readouterr().out
+    with pytest.raises(UserError):  # named, so it must be there
+        evaluator.get_inception("weights.pth", torch.device("cuda"))
 
 
 def test_the_narrow_judge_has_the_same_layers():

@@ -3,6 +3,7 @@ import csv
 import json
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -166,11 +167,15 @@ def test_rows_and_pictures_after_the_checkpoint_are_dropped_on_resume(tmp_path):
         for step in (5, 10, 15):
             r.log(step, loss=step / 3)
             r.picture(step, torch.zeros(2, 1, 8, 8), "a title")
+    for name in (".last.123.pt", "samples/.step_0000010.123.png"):  # what SIGKILL leaves of a file half written
+        (folder / name).write_bytes(b"half")
+    (folder / "scores.json").write_text("{}")  # of the end before
     again = new_run(tmp_path, step=10, resume=folder)
     rows = list(csv.DictReader(open(folder / "metrics.csv")))
     assert [r["step"] for r in rows] == ["5", "10"] and rows[0]["accuracy"] == ""
     assert float(rows[1]["loss"]) == pytest.approx(10 / 3, rel=1e-5)
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step_0000005.png", "step_0000010.png"]
+    assert not list(folder.glob(".*")) and not (folder / "scores.json").exists()
     again.draw_progress("a title")
     with Image.open(folder / "progress.gif") as gif:
         assert gif.n_frames == 2 or gif.n_frames == 1  # equal pictures may be one frame
@@ -226,3 +231,77 @@ def test_a_grid_shows_the_images_and_a_title(tmp_path):
         assert [grid.getpixel((34 + 66 * i, below)) for i in range(3)] == [(0,) * 3, (128,) * 3, (255,) * 3]
         title = grid.crop((0, 0, grid.width, grid.height - 68)).convert("L")
         assert title.getextrema()[0] < 100  # ink
+
+
+# ------------------------------------------------------------------------------------------------- several runs
+
+def test_a_sweep_is_every_combination_in_a_folder_of_its_own():
+    action, configs, folder = parse("--sweep", "lr=0.1,1e-2", "trick=true,false", "loss=b", "--iters", "3",
+                                    "--out", "x")
+    assert action == "sweep" and folder is None and all(c.iters == 3 and c.loss == "b" for c in configs)
+    assert [(c.lr, c.trick) for c in configs] == [(0.1, True), (0.1, False), (0.01, True), (0.01, False)]
+    assert [c.out for c in configs][:2] == ["x/lr=0.1,trick=true,loss=b", "x/lr=0.1,trick=false,loss=b"]
+    assert parse("--sweep", "iters=2", "--quick", quick={"lr": 9.0})[1][0] == \
+        Small(iters=2, lr=9.0, out="runs/test_run-sweep/iters=2")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["lr"], "give each field"), (["rate=1"], "give each field"), (["out=a,b"], "give each field"),
+    (["lr=1", "lr=2"], "give each field"), (["lr=1,x"], "invalid float value"), (["loss=c"], "invalid choice"),
+    (["trick=maybe"], "ignored explicit argument"), (["iters=2,0"], "--iters 0: must be at least 1"),
+])
+def test_refused_sweeps(argv, message):
+    with pytest.raises(run.UserError, match=message) as error:
+        parse("--sweep", *argv)
+    assert "\n" not in str(error.value)
+
+
+def trained(calls, fail=None):
+    """A stand-in for a script's train, which leaves what it leaves."""
+    def train(cfg, resume=None):
+        calls.append((cfg.out, resume))
+        if cfg.lr == fail:
+            raise run.NotFinite("d_loss is nan")
+        with run.Run(cfg, "test_run.py", "x", resume, 0, ["loss", "accuracy"]) as r:
+            for step in (2, 4):
+                r.log(step, loss=1.0)
+            r.log(4, accuracy=0.5)
+        scores = {"summary": {"accuracy": [cfg.lr, 0.125], "n": 7}}
+        (r.folder / "scores.json").write_text(json.dumps(scores))
+        return 0
+    return train
+
+
+def test_a_sweep_ends_in_one_table_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    configs = parse("--sweep", "lr=0.1,0.25", "--out", "x")[1]
+    assert run.sweep(configs, trained(calls)) == 0 and len(calls) == 2
+    table = list(csv.reader(open("x/sweep.csv", newline="")))
+    assert table[0] == ["run", "accuracy", "n", "s / 1,000 its"]
+    assert [row[:3] for row in table[1:]] == [["lr=0.1", "0.1 ± 0.12", "7"], ["lr=0.25", "0.25 ± 0.12", "7"]]
+    assert "lr=0.25  0.25 ± 0.12  7" in capsys.readouterr().out
+    assert run.sweep(parse("--sweep", "lr=0.1,0.25", "--out", "x")[1], trained(calls)) == 0
+    assert len(calls) == 2  # both were finished
+    (tmp_path / "x/lr=0.25/scores.json").unlink()  # this one was not
+    run.sweep(parse("--sweep", "lr=0.1,0.25", "--out", "x")[1], trained(calls))
+    assert calls[2:] == [("x/lr=0.25", Path("x/lr=0.25"))]
+    run.sweep(parse("--sweep", "lr=0.1", "--out", "x", "--iters", "20")[1], trained(calls))  # longer
+    assert calls[3:] == [("x/lr=0.1", Path("x/lr=0.1"))]
+    with pytest.raises(run.UserError, match="loss is 'a' there and 'b' here"):
+        run.sweep(parse("--sweep", "lr=0.1", "--out", "x", "--loss", "b")[1], trained(calls))
+
+
+def test_a_run_that_diverges_ends_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run.sweep(parse("--sweep", "lr=0.1,0.2,0.3", "--out", "x")[1], trained([], fail=0.2)) == 3
+    out = capsys.readouterr().out
+    assert "diverged: d_loss is nan" in out and "0.3 ± 0.12" in out and "0.1 ± 0.12" in out
+
+
+def test_seconds_per_iteration_leave_out_what_is_rare(tmp_path):
+    lines = ["step,seconds,loss,score", "10,2,1,", "20,4,1,", "20,9,,5", "30,11,1,", "40,13,1,"]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    assert run.seconds_per_iteration(tmp_path / "m.csv") == pytest.approx(0.2)
+    (tmp_path / "m.csv").write_text(lines[0] + "\n")
+    assert run.seconds_per_iteration(tmp_path / "m.csv") != run.seconds_per_iteration(tmp_path / "m.csv")  # NaN

@@ -4,46 +4,16 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sngan_iclevr
 from common.datasets import load_iclevr
-from tests.conftest import TINY, command, environment, script
+from tests.conftest import TINY, CountReads, command, environment, same, same_runs, script, wait_for
 
-
-def same(a, b, path="") -> None:
-    """Two checkpoints hold the same bits."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            same(x, y, f"{path}[{i}]")
-    else:
-        assert a == b, path
-
-
-def same_runs(a, b) -> None:
-    for name in ("last.pt", "best.pt"):
-        one, other = (torch.load(f / name, weights_only=True) for f in (a, b))
-        one["config"].pop("out"), other["config"].pop("out")
-        same(one, other, name)
-    rows = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(f / "metrics.csv"))]
-        for f in (a, b)
-    ]
-    assert rows[0] == rows[1]
-    pictures = [{p.name: p.read_bytes() for p in (f / "samples").iterdir()} for f in (a, b)]
-    assert pictures[0] == pictures[1]
+SCRIPT = sngan_iclevr  # what `refuses` runs
 
 
 def test_a_run_leaves_everything(tiny_run):
@@ -98,15 +68,6 @@ def test_sample_and_eval_read_a_run(tiny_run, workdir):
     done = script("sngan_iclevr.py", "--eval", "runs/tiny", cwd=workdir)
     assert done.returncode == 0 and json.loads((tiny_run / "scores.json").read_text()) == before
     assert "best.pt (step" in done.stdout and "held-out accuracy" in done.stdout and "±" in done.stdout
-
-
-def wait_for(condition, process, seconds=120):
-    for _ in range(seconds * 50):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError("it did not come that far")
 
 
 LONG = [*TINY, "--iters", "22", "--sample-every", "7", "--eval-every", "8", "--save-every", "5"]
@@ -211,16 +172,6 @@ def test_a_folder_of_the_real_layout_trains_to_the_end(tmp_path, iclevr, monkeyp
     assert not (tmp_path / "runs" / "real" / "best.pt").exists()
 
 
-class CountReads(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU."""
-    reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"):
-            self.reads += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("trick", [{}, {"flip_labels": 0.1, "relativistic": True}])
 def test_an_iteration_reads_nothing_back(tmp_path, monkeypatch, trick):
     monkeypatch.chdir(tmp_path)
@@ -248,28 +199,6 @@ def test_an_iteration_reads_nothing_back(tmp_path, monkeypatch, trick):
 
 
 # ------------------------------------------------------------------------------------------------- bad input
-
-@pytest.fixture
-def refuses(tmp_path, monkeypatch, capsys):
-    """Runs main in this process; expects status 2, one line, and an untouched folder."""
-    def check(*argv, message):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", ["sngan_iclevr.py", *argv])
-        before = {
-            p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and "cache" not in p.name
-        }
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            sngan_iclevr.run.entry(sngan_iclevr.main)
-        error = capsys.readouterr().err
-        assert left.value.code == 2
-        assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
-        assert {
-            p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and "cache" not in p.name
-        } == before
-
-    return check
-
 
 def test_bad_values(refuses, tmp_path):
     refuses("--batch-size", "0", message="--batch-size 0: must be at least 1")
