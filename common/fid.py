@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.linalg import eigvalsh
 from scipy.linalg.lapack import dpstrf
-from torch import nn
 from torchvision.models import inception as tv
 
-from common.run import UserError, entry, pick_device, write_whole
+from common.run import Parser, UserError, entry, pick_device, write_whole
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -360,14 +359,9 @@ def _look(file: Path, at: Callable):
 
 # ---------------------------------------------------------------------- command line
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
 def main(argv: list[str] | None = None) -> None:
     form = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("python -m common.fid", description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = Parser("python -m common.fid", description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("a", metavar="A", help="a folder of images, or an .npz of statistics")
     parser.add_argument("b", metavar="B", help="the same, or the .npz to write with --save-stats")
     parser.add_argument("--fid-weights", default="auto", metavar="PATH|auto",

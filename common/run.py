@@ -67,10 +67,13 @@ def entry(main: Callable[[], int | None]) -> None:
 
 FREE_ON_RESUME = ("iters", "log_every", "sample_every", "eval_every", "save_every")
 # what --sample and --eval may change
-FREE_ON_USE = ("device", "precision", "judge", "seed", "eval_draws", "eval_images", "fid_weights", "pairs")
+FREE_ON_USE = ("device", "precision", "judge", "seed", "eval_draws", "eval_images", "fid_weights", "pairs",
+               "category")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line as UserError."""
+
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
@@ -85,7 +88,7 @@ def parse(Config: type, quick: dict, description: str, argv: list[str] | None = 
     Raises UserError for anything that does not fit, config.json of the run included.
     """
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     preset = ", ".join(f"{name} {value}" for name, value in quick.items())
     parser.add_argument("--quick", action="store_true", help=f"a short run for two CPU cores: {preset}")
@@ -135,7 +138,7 @@ def _stored_with(Config: type, folder: Path, given: dict, free: tuple[str, ...])
     return dataclasses.replace(cfg, **given)
 
 
-def _combinations(Config: type, parser: _Parser, sweep: list[str], given: dict) -> list:
+def _combinations(Config: type, parser: Parser, sweep: list[str], given: dict) -> list:
     """A config for each combination of the FIELD=V1,V2,… in `sweep`, each to run in a folder of its own."""
     kinds, ways = {field.name: field.type for field in dataclasses.fields(Config)}, {}
     for item in sweep:

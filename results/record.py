@@ -20,7 +20,7 @@ START, END = "<!-- results: built by results/record.py -->", "<!-- end of result
 
 
 def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
-    """results/NAME.json from the run's config, scores and metrics; its grid as results/NAME.png, others beside."""
+    """results/NAME.json from the run's config, scores and metrics; its grid as NAME.png, others beside."""
     config = json.loads((folder / "config.json").read_text())
     scores = json.loads((folder / "scores.json").read_text())
     last_row = (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
@@ -63,7 +63,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", help="the run")
     parser.add_argument("name", nargs="?", help="what to keep it as")
     parser.add_argument("--note", default="", help="a remark for the table")
-    parser.add_argument("--grids", nargs="*", default=[], help="further pictures to keep, such as interpolation")
+    parser.add_argument("--grids", nargs="*", default=[], help="pictures to keep beside it: interpolation …")
     args = parser.parse_args()
     if args.folder and not (args.name and (args.folder / "scores.json").is_file()):
         print(f"error: {args.folder}: give a run with scores.json (see --eval) and a name", file=sys.stderr)

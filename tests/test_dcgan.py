@@ -99,7 +99,8 @@ def test_a_run_leaves_everything(finished):
     assert sum(scores["last"]["histogram"][0]) == pytest.approx(1)
     best = torch.load(folder / "best.pt", weights_only=True)
     fds = [float(r["fd_judge"]) for r in rows if r["fd_judge"]]
-    assert best["best"] == pytest.approx(min(fds), rel=1e-5) and best["step"] == [4, 8, 9][fds.index(min(fds))]
+    assert best["best"] == pytest.approx(min(fds), rel=1e-5)
+    assert best["step"] == [4, 8, 9][fds.index(min(fds))]
     for part in ("drawn digits's training images", "last.pt (step 9)", "held-out accuracy", "FD (judge)"):
         assert part in told
     assert "FID: not measured" in told and told.count("FID") == 1  # and nothing else goes by that name
@@ -165,8 +166,8 @@ def test_an_iteration_reads_nothing_back(tmp_path, monkeypatch):
 def test_real_digits_under_a_path_are_named_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_mnist(tmp_path / "data")
-    cfg = dcgan_mnist.Config(iters=2, batch_size=8, hidden_dim=2, judge_width=4, judge_steps=2, eval_images=30,
-                             device="cpu", precision="bf16", deterministic=True)
+    cfg = dcgan_mnist.Config(iters=2, batch_size=8, hidden_dim=2, judge_width=4, judge_steps=2,
+                             eval_images=30, device="cpu", precision="bf16", deterministic=True)
     assert dcgan_mnist.train(cfg) == 0
     folder = tmp_path / "runs" / "dcgan_mnist"  # --data auto found them
     assert json.loads((folder / "scores.json").read_text())["data"] == "MNIST"
