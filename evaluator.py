@@ -1,7 +1,7 @@
 """Judges and scores: how well do generated images show what they were asked to show?
 
     python evaluator.py scenes --data data/iclevr   # train and cache a judge of i-CLEVR, print its accuracy
-    python evaluator.py digits --data drawn         # the same for the drawn digits
+    python evaluator.py digits --data drawn         # the same for the drawn digits; --also mnist reads others
 
 A judge is a classifier trained on real (or drawn) images whose held-out accuracy is printed with every score.
 Scripts train theirs when they first need it; their `--judge PATH` loads another, such as the course's.
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import spearmanr
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from common.datasets import Digits, LabelledScenes, load_digits, load_iclevr, pick_digits, pick_source
 from common.fid import Inception, Moments, features, frechet_distance, load_inception
-from common.run import NotFinite, UserError, entry, pick_device, write_whole
+from common.run import NotFinite, Parser, UserError, entry, pick_device, write_whole
 
 JUDGES = Path("data") / "judges"
 Sampler = Callable[[int, torch.Generator], torch.Tensor]  # (n, source of z) → images [n, C, S, S] in [-1, 1]
@@ -178,6 +180,111 @@ def count_digits(counts: torch.Tensor) -> dict[str, float]:
     return {"chi2": ((counts - n / 10).square().sum() / (n / 10)).item(),
             "TV": ((counts / n - 0.1).abs().sum() / 2).item()}
 
+
+# ---------------------------------------------------------------------- what InfoGAN's codes mean
+
+def match(codes: torch.Tensor, digits: torch.Tensor,
+          n_categories: int) -> tuple[list[int], float, torch.Tensor]:
+    """How categories [N] and digits [N] agree, under the one-to-one assignment that makes them agree most.
+
+    Returns the digit of each category (-1: none is left for it), the share of N on which they agree, and each
+    category's purity [n_categories], the share of its commonest digit.
+    """
+    counts = torch.zeros(n_categories, 10).index_put_((codes, digits), torch.ones(1), accumulate=True)
+    rows, columns = linear_sum_assignment(counts.numpy(), maximize=True)
+    assigned = dict(zip(rows.tolist(), columns.tolist()))
+    agree = counts[rows, columns].sum() / len(codes)
+    purity = counts.max(1).values / counts.sum(1).clamp(min=1)
+    return [assigned.get(k, -1) for k in range(n_categories)], agree.item(), purity
+
+
+def score_category(sample: Callable[[torch.Tensor, torch.Generator], torch.Tensor], n_categories: int,
+                   judge: Judge, n: int, draws: int, seed: int) -> dict:
+    """What the judge sees in n images, each category as often; sample(category [k], generator) → images.
+
+    Returns "accuracy" of code → digit (mean, std over draws), "purity" of each code ([means], [stds]) and
+    "digit" of each code in the last draw, by `match`.
+    """
+    g, accuracy, purity = torch.Generator().manual_seed(seed), [], []
+    category = torch.arange(n) % n_categories
+    for _ in range(draws):
+        found = torch.cat([judge(sample(part, g)).argmax(1).cpu() for part in category.split(500)])
+        digit, agree, pure = match(category, found, n_categories)
+        accuracy.append(agree)
+        purity.append(pure)
+    return {"accuracy": _mean_std(accuracy), "purity": _mean_std(purity), "digit": digit}
+
+
+def slant_and_width(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of digits [N, 1, S, S] in [-1, 1], white on black: slant [N] and stroke width [N] in pixels of 28.
+
+    Slant: how far the ink leans to the right per unit of height, from second moments, -μ11 / μ02. Width: ink
+    over half the total variation, since a stroke of length l and width w has ink l·w and edges of length 2l.
+    NaN where there is no ink.
+    """
+    ink = images[:, 0].double() / 2 + 0.5
+    at = torch.arange(ink.shape[-1], dtype=ink.dtype, device=ink.device)
+    mass = ink.sum((1, 2))
+    x, y = (ink.sum(1) * at).sum(1) / mass, (ink.sum(2) * at).sum(1) / mass
+    x, y = at - x[:, None], at - y[:, None]
+    slant = -torch.einsum("nyx,nx,ny->n", ink, x, y) / torch.einsum("nyx,ny->n", ink, y.square())
+    padded = F.pad(ink, (1, 1, 1, 1))
+    edge = ((padded[:, 1:, :-1] - padded[:, :-1, :-1]).square()
+            + (padded[:, :-1, 1:] - padded[:, :-1, :-1]).square()).sqrt().sum((1, 2))
+    return slant, 2 * mass / edge * 28 / ink.shape[-1]
+
+
+def score_continuous(make: Callable[..., torch.Tensor], z_dim: int, n_categories: int, n_continuous: int,
+                     draws: int, seed: int, ways: int = 200, steps: int = 11) -> dict[str, tuple]:
+    """What each continuous code moves: Spearman's correlation with slant and with stroke width, and how far.
+
+    make(z, category, continuous) → images. Along each of `ways` ways the code goes from -1 to 1 in `steps`
+    while noise, category and other codes stay. Returned are the means over the ways of the correlation within
+    a way, "code 1 ~ slant", and of the change from its one end to the other, "code 1: change of slant" (a
+    correlation can be high of next to no change); each as (mean, std over draws).
+    """
+    g, runs = torch.Generator().manual_seed(seed), []
+    for _ in range(draws):
+        runs.append({})
+        for c in range(n_continuous):
+            z, other = (torch.rand(ways, d, generator=g) * 2 - 1 for d in (z_dim, n_continuous))
+            category = torch.arange(ways) % n_categories
+            measured = []
+            for value in torch.linspace(-1, 1, steps):
+                codes = other.clone()
+                codes[:, c] = value
+                measured.append(torch.stack(slant_and_width(make(z, category, codes).cpu())))
+            for name, values in zip(("slant", "width"), torch.stack(measured, 2)):  # each [ways, steps]
+                rho = [spearman(torch.arange(steps), way) for way in values]
+                runs[-1][f"code {c + 1} ~ {name}"] = sum(rho) / ways
+                runs[-1][f"code {c + 1}: change of {name}"] = (values[:, -1] - values[:, 0]).nanmean().item()
+    return {key: _mean_std([run[key] for run in runs]) for key in runs[0]}
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Spearman's rank correlation of [N] with [N]; 0 where one does not vary or is not a number."""
+    if a.isnan().any() or b.isnan().any() or (a == a[0]).all() or (b == b[0]).all():
+        return 0.0
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)
+
+
+def score_reading(read: tuple[torch.Tensor, torch.Tensor], data: Digits) -> dict[str, tuple[float, float]]:
+    """How well Q's reading of the test images, categories [N] and codes [N, C], recovers the true factors.
+
+    Returns {"Q's category → class": (share, 0), "Q's code 1 ~ slant": (Spearman's correlation, 0), …}; the
+    correlations are means of those within each class.
+    """
+    category, codes = read
+    result = {"Q's category → class": (match(category, data.test_labels, int(category.max()) + 1)[1], 0.0)}
+    for c in range(codes.shape[1]):
+        for name in ("slant", "width"):
+            rho = [spearman(codes[data.test_labels == d, c], data.test_factors[name][data.test_labels == d])
+                   for d in data.test_labels.unique()]
+            result[f"Q's code {c + 1} ~ {name}"] = (sum(rho) / len(rho), 0.0)
+    return result
+
+
+# ---------------------------------------------------------------------- FID
 
 def get_inception(weights: str, device: torch.device) -> Inception | None:
     """FID's network as --fid-weights names it; None, with a line saying why, where "auto" can't have it."""
@@ -348,24 +455,31 @@ def _augment(x: torch.Tensor, mirror: bool) -> torch.Tensor:
 
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(description=__doc__, formatter_class=form)
     parser.add_argument("kind", choices=list(NETS), help="what the judge is to know")
     parser.add_argument("--data", default="auto", help="auto, drawn, mnist (digits), or the set's folder")
     parser.add_argument("--image-size", type=int, help="the size they are loaded at (default: 64, digits 32)")
     parser.add_argument("--judge-width", type=int, default=64, help="64 is ResNet-18; less is faster")
     parser.add_argument("--judge-steps", type=int, default=5000, help="training steps")
+    parser.add_argument("--also", help="another set of digits to read: its --data")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args()
     size = args.image_size or NETS[args.kind][0].size
     if min(size, args.judge_width, args.judge_steps) < 1:
         raise UserError("--image-size, --judge-width and --judge-steps must be at least 1")
     device = pick_device(args.device)
+    if args.also and args.kind != "digits":
+        raise UserError("--also is for digits")
     if args.kind == "digits":
         data = load_digits(pick_digits(args.data), size)
     else:
         data = load_iclevr(pick_source(args.data, "data/iclevr"), size)
     judge = get_judge("auto", data, args.judge_width, args.judge_steps, device)
     print(f"{data.name}: {judge.title}; " + ", ".join(f"{k} {v:.4f}" for k, v in judge.held_out.items()))
+    if args.also:
+        other = load_digits(pick_digits(args.also), size)
+        right = judge((other.test_images / 127.5 - 1).to(device)).argmax(1).cpu() == other.test_labels
+        print(f"{len(right)} test images of {other.name}: accuracy {right.float().mean():.4f}")
 
 
 if __name__ == "__main__":
