@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -255,17 +255,17 @@ def score_continuous(make: Callable[..., torch.Tensor], z_dim: int, n_categories
                 codes[:, c] = value
                 measured.append(torch.stack(slant_and_width(make(z, category, codes).cpu())))
             for name, values in zip(("slant", "width"), torch.stack(measured, 2)):  # each [ways, steps]
-                rho = [spearman(torch.arange(steps), way) for way in values]
-                runs[-1][f"code {c + 1} ~ {name}"] = sum(rho) / ways
+                rho = spearman(torch.arange(steps).expand(ways, -1), values)
+                runs[-1][f"code {c + 1} ~ {name}"] = rho.mean().item()
                 runs[-1][f"code {c + 1}: change of {name}"] = (values[:, -1] - values[:, 0]).nanmean().item()
     return {key: _mean_std([run[key] for run in runs]) for key in runs[0]}
 
 
-def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Spearman's rank correlation of [N] with [N]; 0 where one does not vary or is not a number."""
-    if a.isnan().any() or b.isnan().any() or (a == a[0]).all() or (b == b[0]).all():
-        return 0.0
-    return float(spearmanr(a.numpy(), b.numpy()).statistic)
+def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Spearman's rank correlation [...] of [..., N] with [..., N]; 0 where one is constant or has a NaN."""
+    a, b = (torch.from_numpy(rankdata(x.numpy(), axis=-1, nan_policy="propagate")) for x in (a, b))
+    a, b = (x - x.mean(-1, keepdim=True) for x in (a, b))
+    return ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).nan_to_num(0)
 
 
 def score_reading(read: tuple[torch.Tensor, torch.Tensor], data: Digits) -> dict[str, tuple[float, float]]:
@@ -280,7 +280,7 @@ def score_reading(read: tuple[torch.Tensor, torch.Tensor], data: Digits) -> dict
         for name in ("slant", "width"):
             rho = [spearman(codes[data.test_labels == d, c], data.test_factors[name][data.test_labels == d])
                    for d in data.test_labels.unique()]
-            result[f"Q's code {c + 1} ~ {name}"] = (sum(rho) / len(rho), 0.0)
+            result[f"Q's code {c + 1} ~ {name}"] = (torch.stack(rho).mean().item(), 0.0)
     return result
 
 

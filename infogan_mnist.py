@@ -56,8 +56,9 @@ class Config:
     q_weight: float = 0.1  # weight of the continuous codes' likelihood
 
 
-QUICK = dict(iters=1500, batch_size=64, ch=16, image_size=32, log_every=50, sample_every=100, eval_every=500,
-             save_every=500, judge_steps=1000, eval_images=2000)
+# at width 16 the full job's rates let G fall back on one image a category
+QUICK = dict(iters=2000, batch_size=64, lr_d=5e-4, ch=16, image_size=32, log_every=50, sample_every=100,
+             eval_every=500, save_every=500, judge_steps=1000, eval_images=2000, q_weight=0.3)
 
 
 # ---------------------------------------------------------------------- networks

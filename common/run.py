@@ -506,22 +506,24 @@ SCORES = ("accuracy", "fd", "tv")  # what the names of columns that are scores b
 
 
 def draw_curves(table: Path, path: Path, title: str) -> None:
-    """The columns of metrics.csv over the step: losses and probabilities in one panel, scores in a second."""
+    """The columns of metrics.csv over the step: losses above, what D says in the middle, scores below."""
     with open(table, newline="") as f:
         rows = list(csv.DictReader(f))
     names = [n for n in (rows[0] if rows else {}) if n not in ("step", "seconds")]
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
+    figure, panels = plt.subplots(3, 1, figsize=(8, 9), sharex=True)
     for name in names:
         points = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
+        panel = 2 if name.startswith(SCORES) else 1 if name.startswith(("d_real", "d_fake")) else 0
         if points:
-            ax, marker = (below, ".") if name.startswith(SCORES) else (above, None)
-            ax.plot(*zip(*points), marker=marker, linewidth=1, label=name)
-    for ax in (above, below):
+            panels[panel].plot(*zip(*points), marker="." if panel == 2 else None, linewidth=1, label=name)
+    for ax in panels:
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize=8)
-    above.set_title(title, fontsize=9)
-    below.set_xlabel("iteration")
+    if any(name.startswith("fd") for name in names):  # a distance falls by powers of ten
+        panels[2].set_yscale("log")
+    panels[0].set_title(title, fontsize=9)
+    panels[2].set_xlabel("iteration")
     figure.tight_layout()
     write_whole(path, lambda p: figure.savefig(p, dpi=110))
     plt.close(figure)

@@ -170,6 +170,29 @@ def wait_for(condition, process, seconds=120):
     raise AssertionError("it did not come that far")
 
 
+def cut_off_and_resumed(module, at: int, **fields) -> None:
+    """Trains in the working directory, once whole and once cut off after the row logged at step `at`, then
+    resumed; expects the same bits. (test_sngan.py does so to processes, with signals.)
+    """
+    from common.run import Run
+
+    class Cut(Exception):
+        pass
+
+    def log(self, step, **scalars):
+        original(self, step, **scalars)
+        if step >= at:
+            raise Cut
+    assert module.train(module.Config(out="whole", **fields)) == 0
+    original = Run.log
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(Run, "log", log)
+        module.train(module.Config(out="cut", **fields))
+    assert 0 < torch.load("cut/last.pt", weights_only=True)["step"] < at
+    assert module.train(module.Config(out="cut", **fields), Path("cut")) == 0
+    same_runs(Path("cut"), Path("whole"))
+
+
 class CountReads(TorchDispatchMode):
     """Counts what would make the host wait for a GPU."""
     reads = 0

@@ -1,8 +1,6 @@
 """DCGAN on MNIST: its networks by the numbers, and the script as a user runs it."""
 import csv
 import json
-import signal
-import subprocess
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch import nn
 import dcgan_mnist
 from common import losses
 from common.blocks import init_dcgan
-from tests.conftest import CountReads, command, environment, make_mnist, same, same_runs, script, wait_for
+from tests.conftest import CountReads, cut_off_and_resumed, make_mnist, same, script
 
 SCRIPT = dcgan_mnist  # what `refuses` runs
 TINY = ["--data", "drawn", "--n-drawn", "60", "--latent-dim", "5", "--hidden-dim", "3", "--batch-size", "8",
@@ -117,32 +115,28 @@ def test_ways_from_one_z_to_another_and_beyond(finished):
     assert len({rows.crop((2 + 66 * i, 2, 66 + 66 * i, 66)).tobytes() for i in range(10)}) == 10
 
 
-def test_sample_and_eval_read_a_run(finished, workdir):
+def test_sample_and_eval_read_a_run(finished, workdir, monkeypatch):
     folder, _ = finished
+    monkeypatch.chdir(workdir)
     before = json.loads((folder / "scores.json").read_text())
-    done = script("dcgan_mnist.py", "--eval", "runs/dcgan", cwd=workdir)
-    assert done.returncode == 0 and json.loads((folder / "scores.json").read_text()) == before, done.stderr
-    done = script("dcgan_mnist.py", "--sample", "runs/dcgan", "--pairs", "2", cwd=workdir)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("sys.argv", ["dcgan_mnist.py", "--eval", "runs/dcgan"])
+    assert dcgan_mnist.main() == 0
+    after = json.loads((folder / "scores.json").read_text())
+    assert set(after) == set(before)
+    assert after["last"]["FD (judge)"] == pytest.approx(before["last"]["FD (judge)"], rel=1e-4)
+    monkeypatch.setattr("sys.argv", ["dcgan_mnist.py", "--sample", "runs/dcgan", "--pairs", "2"])
+    assert dcgan_mnist.main() == 0
     with Image.open(folder / "interpolation.png") as grid:
         assert grid.height < 3 * 66 + 20
 
 
-@pytest.mark.parametrize("net, how", [("conv", signal.SIGKILL), ("mlp", signal.SIGTERM)])
-def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(workdir, finished, net, how):
-    args = [*TINY, "--net", net, "--iters", "40", "--sample-every", "7", "--eval-every", "8",
-            "--save-every", "5", "--ema", "0.9"]
-    assert script("dcgan_mnist.py", *args, "--out", f"runs/{net}-whole", cwd=workdir).returncode == 0
-    folder = workdir / "runs" / f"{net}-cut"
-    process = subprocess.Popen(command("dcgan_mnist.py", *args, "--out", str(folder)), cwd=workdir, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
-    wait_for(lambda: len(list(folder.glob("samples/*"))) > 1, process)
-    process.send_signal(how)
-    process.communicate(timeout=60)
-    assert 5 <= torch.load(folder / "last.pt", weights_only=True)["step"] < 40
-    done = script("dcgan_mnist.py", "--resume", str(folder), cwd=workdir)
-    assert done.returncode == 0, done.stderr
-    same_runs(folder, workdir / "runs" / f"{net}-whole")
+@pytest.mark.parametrize("net", ["conv", "mlp"])
+def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(workdir, finished, monkeypatch, tmp_path, net):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(workdir / "data")  # digits and judge
+    cut_off_and_resumed(dcgan_mnist, at=16, net=net, iters=25, data="drawn", n_drawn=60, latent_dim=5,
+                        hidden_dim=3, batch_size=8, judge_width=8, judge_steps=4, eval_images=40, ema=0.9,
+                        log_every=2, sample_every=7, eval_every=8, save_every=5, device="cpu")
 
 
 def test_the_average_is_g_itself_by_default(finished):

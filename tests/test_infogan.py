@@ -2,10 +2,9 @@
 import csv
 import json
 import math
-import signal
-import subprocess
 
 import pytest
+import scipy
 import torch
 from PIL import Image
 from torch import nn
@@ -14,7 +13,7 @@ import evaluator
 import infogan_mnist
 from common import worlds
 from common.datasets import Digits
-from tests.conftest import CountReads, command, environment, same, same_runs, script, wait_for
+from tests.conftest import CountReads, cut_off_and_resumed, same, script
 
 SCRIPT = infogan_mnist  # what `refuses` runs
 CPU = torch.device("cpu")
@@ -172,6 +171,15 @@ def test_slant_and_width_are_the_true_ones():
     assert evaluator.slant_and_width(-torch.ones(2, 1, 28, 28))[0].isnan().all()
 
 
+def test_spearman_is_scipy_s():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 5, 30).round(decimals=1)  # with ties
+    for row, x, y in zip(evaluator.spearman(a, b), a, b):
+        assert row.item() == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    b[0, 3], b[1] = torch.nan, 4.0
+    assert evaluator.spearman(a, b)[:2].tolist() == [0, 0] and evaluator.spearman(a, b)[2] != 0
+
+
 def test_score_continuous_tells_what_a_code_moves():
     """Code 1 shears a bar, code 2 thins it; noise and category must not matter."""
     def make(z, category, codes):
@@ -230,30 +238,26 @@ def test_a_run_leaves_everything(finished):
         assert part in told
 
 
-def test_sample_and_eval_read_a_run(finished, workdir):
+def test_sample_and_eval_read_a_run(finished, workdir, monkeypatch):
     folder, _ = finished
+    monkeypatch.chdir(workdir)
     before = json.loads((folder / "scores.json").read_text())
-    done = script("infogan_mnist.py", "--eval", "runs/infogan", cwd=workdir)
-    assert done.returncode == 0 and json.loads((folder / "scores.json").read_text()) == before, done.stderr
-    done = script("infogan_mnist.py", "--sample", "runs/infogan", "--category", "7", cwd=workdir)
-    assert done.returncode == 0 and (folder / "category_7_code_2.png").exists(), done.stderr
+    monkeypatch.setattr("sys.argv", ["infogan_mnist.py", "--eval", "runs/infogan"])
+    assert infogan_mnist.main() == 0
+    after = json.loads((folder / "scores.json").read_text())
+    assert set(after) == set(before) and after["last"]["digit"] == before["last"]["digit"]
+    assert after["last"]["FD (judge)"] == pytest.approx(before["last"]["FD (judge)"], rel=1e-4)
+    monkeypatch.setattr("sys.argv", ["infogan_mnist.py", "--sample", "runs/infogan", "--category", "7"])
+    assert infogan_mnist.main() == 0 and (folder / "category_7_code_2.png").exists()
 
 
-def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(workdir, finished):
-    args = [*TINY, "--iters", "30", "--sample-every", "7", "--eval-every", "8", "--save-every", "5"]
-    assert script("infogan_mnist.py", *args, "--out", "runs/info-whole", cwd=workdir).returncode == 0
-    folder = workdir / "runs" / "info-cut"
-    process = subprocess.Popen(command("infogan_mnist.py", *args, "--out", str(folder)), cwd=workdir,
-                               text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=environment())
-    wait_for(lambda: len(list(folder.glob("samples/step*"))) > 1, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert 5 <= torch.load(folder / "last.pt", weights_only=True)["step"] < 30
-    done = script("infogan_mnist.py", "--resume", str(folder), cwd=workdir)
-    assert done.returncode == 0, done.stderr
-    same_runs(folder, workdir / "runs" / "info-whole")
-    state = torch.load(folder / "last.pt", weights_only=True)
+def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(workdir, finished, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(workdir / "data")  # digits and judge
+    cut_off_and_resumed(infogan_mnist, at=16, iters=25, data="drawn", n_drawn=60, ch=2, image_size=32,
+                        batch_size=8, judge_width=8, judge_steps=4, eval_images=40, log_every=2,
+                        sample_every=7, eval_every=8, save_every=5, device="cpu")
+    state = torch.load("cut/last.pt", weights_only=True)
     same(state["ema"], state["G"])
 
 
