@@ -30,7 +30,7 @@ from common import fid  # noqa: E402
 
 
 def random_weights() -> dict[str, torch.Tensor]:
-    """Weights under which features neither vanish nor explode."""
+    """In the layout of the weight file, such that features neither vanish nor explode."""
     g, state = torch.Generator().manual_seed(0), fid.Inception().state_dict()
     for key, value in state.items():
         noise = torch.randn(value.shape, generator=g)

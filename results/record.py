@@ -46,12 +46,14 @@ def rows() -> list[str]:
             continue
         scores = kept["scores"]
         values = [f"{name} {mean:.4g} ± {std:.2g}" for name, (mean, std) in scores["summary"].items()]
-        hardware = kept["sittings"][0]["hardware"]
+        time = f"{kept['iterations']:,} in {kept['seconds'] / 60:.0f} min"
+        if "seconds_per_1000_iterations" in kept:
+            time += f" ({kept['seconds_per_1000_iterations']:.3g} s per 1,000)"
         pictures = {"grid": f"{path.stem}.png"} | {g: f"{path.stem}_{g}.png" for g in kept.get("grids", [])}
         pictures["all figures"] = path.name
         cells = [f"`python {kept['command']}`" + (f"<br>{kept['note']}" if kept["note"] else ""),
                  scores["data"], f"{', '.join(values)} ({scores['draws']} draws)", scores["judge"],
-                 f"{kept['iterations']:,} in {kept['seconds'] / 60:.0f} min on {hardware}",
+                 f"{time} on {kept['sittings'][0]['hardware']}",
                  ", ".join(f"[{text}](results/{file})" for text, file in pictures.items())]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -170,6 +170,13 @@ def wait_for(condition, process, seconds=120):
     raise AssertionError("it did not come that far")
 
 
+def main(module, *argv: str) -> None:
+    """Call a script's main in this process, in the working directory there is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [Path(module.__file__).name, *argv])
+        assert not module.main()
+
+
 def cut_off_and_resumed(module, at: int, **fields) -> None:
     """Trains in the working directory, once whole and once cut off after the row logged at step `at`, then
     resumed; expects the same bits. (test_sngan.py does so to processes, with signals.)

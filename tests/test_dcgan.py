@@ -11,7 +11,7 @@ from torch import nn
 import dcgan_mnist
 from common import losses
 from common.blocks import init_dcgan
-from tests.conftest import CountReads, cut_off_and_resumed, make_mnist, same, script
+from tests.conftest import CountReads, cut_off_and_resumed, main, make_mnist, same, script
 
 SCRIPT = dcgan_mnist  # what `refuses` runs
 TINY = ["--data", "drawn", "--n-drawn", "60", "--latent-dim", "5", "--hidden-dim", "3", "--batch-size", "8",
@@ -119,13 +119,11 @@ def test_sample_and_eval_read_a_run(finished, workdir, monkeypatch):
     folder, _ = finished
     monkeypatch.chdir(workdir)
     before = json.loads((folder / "scores.json").read_text())
-    monkeypatch.setattr("sys.argv", ["dcgan_mnist.py", "--eval", "runs/dcgan"])
-    assert dcgan_mnist.main() == 0
+    main(dcgan_mnist, "--eval", "runs/dcgan")
     after = json.loads((folder / "scores.json").read_text())
     assert set(after) == set(before)
     assert after["last"]["FD (judge)"] == pytest.approx(before["last"]["FD (judge)"], rel=1e-4)
-    monkeypatch.setattr("sys.argv", ["dcgan_mnist.py", "--sample", "runs/dcgan", "--pairs", "2"])
-    assert dcgan_mnist.main() == 0
+    main(dcgan_mnist, "--sample", "runs/dcgan", "--pairs", "2")
     with Image.open(folder / "interpolation.png") as grid:
         assert grid.height < 3 * 66 + 20
 
@@ -182,10 +180,8 @@ def test_fid_is_printed_only_with_its_own_weights(finished, workdir, refuses, tm
     refuses("--eval", str(folder), "--judge", judge_of(workdir), "--fid-weights", "other.pth",
             message="is not the FID Inception network")
     monkeypatch.setattr(dcgan_mnist.evaluator, "load_inception", lambda weights, device: Net())
-    monkeypatch.setattr("sys.argv", ["dcgan_mnist.py", "--eval", str(folder), "--judge", judge_of(workdir),
-                                     "--fid-weights", "weights.pth"])
     kept = (folder / "scores.json").read_text()
-    assert dcgan_mnist.main() == 0
+    main(dcgan_mnist, "--eval", str(folder), "--judge", judge_of(workdir), "--fid-weights", "weights.pth")
     scores = json.loads((folder / "scores.json").read_text())
     assert scores["summary"]["FID"] == scores["last"]["FID"] and scores["last"]["FID"][0] > 0
     assert "FID" in capsys.readouterr().out.split("n_fake")[0]

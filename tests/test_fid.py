@@ -9,25 +9,14 @@ import torch
 from PIL import Image
 from scipy import linalg
 
+from benchmarks.fid import random_weights
 from common import fid
 from common.run import UserError, entry
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    """Random weights under which features neither vanish nor explode, in the layout of the weight file."""
-    g, state = torch.Generator().manual_seed(0), fid.Inception().state_dict()
-    for key, value in state.items():
-        noise = torch.randn(value.shape, generator=g)
-        if value.ndim > 1:
-            state[key] = noise * (2 / value[0].numel()) ** 0.5
-        elif key.endswith(("bn.weight", "running_var")):
-            state[key] = 1 + 0.3 * noise.clamp(-2, 2)
-        elif value.is_floating_point():
-            state[key] = 0.3 * noise
-        else:
-            state[key] = torch.zeros_like(value)
-    return state
+    return random_weights()
 
 
 @pytest.fixture(scope="module")

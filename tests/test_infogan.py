@@ -13,7 +13,7 @@ import evaluator
 import infogan_mnist
 from common import worlds
 from common.datasets import Digits
-from tests.conftest import CountReads, cut_off_and_resumed, same, script
+from tests.conftest import CountReads, cut_off_and_resumed, main, same, script
 
 SCRIPT = infogan_mnist  # what `refuses` runs
 CPU = torch.device("cpu")
@@ -242,13 +242,12 @@ def test_sample_and_eval_read_a_run(finished, workdir, monkeypatch):
     folder, _ = finished
     monkeypatch.chdir(workdir)
     before = json.loads((folder / "scores.json").read_text())
-    monkeypatch.setattr("sys.argv", ["infogan_mnist.py", "--eval", "runs/infogan"])
-    assert infogan_mnist.main() == 0
+    main(infogan_mnist, "--eval", "runs/infogan")
     after = json.loads((folder / "scores.json").read_text())
     assert set(after) == set(before) and after["last"]["digit"] == before["last"]["digit"]
     assert after["last"]["FD (judge)"] == pytest.approx(before["last"]["FD (judge)"], rel=1e-4)
-    monkeypatch.setattr("sys.argv", ["infogan_mnist.py", "--sample", "runs/infogan", "--category", "7"])
-    assert infogan_mnist.main() == 0 and (folder / "category_7_code_2.png").exists()
+    main(infogan_mnist, "--sample", "runs/infogan", "--category", "7")
+    assert (folder / "category_7_code_2.png").exists()
 
 
 def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(workdir, finished, monkeypatch, tmp_path):
