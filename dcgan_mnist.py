@@ -288,7 +288,7 @@ def evaluate(cfg: Config, data: Digits, judge: evaluator.Judge, folder: Path, de
     def training_images(n: int, g: torch.Generator) -> torch.Tensor:
         return data.images[torch.randint(len(data.images), (n,), generator=g)].to(device) / 127.5 - 1
 
-    rows = {f"{data.name}'s training images": evaluator.score_digits(training_images, judge, real, *much)}
+    rows = {"training images": evaluator.score_digits(training_images, judge, real, *much)}
     for name in ("best", "last"):
         if (folder / f"{name}.pt").exists():
             ema, step = load(cfg, folder, f"{name}.pt", device)
@@ -297,7 +297,7 @@ def evaluate(cfg: Config, data: Digits, judge: evaluator.Judge, folder: Path, de
                 result["FID"] = evaluator.score_fid(sampler(cfg, ema), inception, data.test_images, *much)
             rows[f"{name}.pt (step {step})"] = result
             scores[name] = {"step": step} | result
-    scores["training images"] = rows[f"{data.name}'s training images"]
+    scores["training images"] = rows["training images"]
     columns = ["FD (judge)", "TV", *(["FID"] if inception else [])]
     scores["summary"] = {name: scores["last"][name] for name in columns}
     print(f"\n{folder}: {cfg.eval_images} generated images against {len(data.test_images)} test images of "

@@ -201,7 +201,7 @@ def _read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, 
         images, labels = mnist.data, mnist.targets
         assert images.shape == (len(labels), 28, 28) and 0 <= labels.min() <= labels.max() <= 9
     except Exception as error:  # torchvision raises many kinds for damaged files
-        reason = " ".join(str(error).split())[-100:]
+        reason = " ".join(str(error).split()).rsplit("got: ")[-1][:100]
         if not missing:
             what = f"damaged, or not MNIST's ({type(error).__name__} {reason})"
             raise UserError(f"{raw}/{part}-*-ubyte: {what}: delete them and fetch them again") from None
