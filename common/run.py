@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Literal, get_args, get_origin
 
 import torch
@@ -416,7 +416,8 @@ def sweep(configs: list, train: Callable) -> int:
 
     Called again with the same values, it goes on where it was cut off. A run that diverges is told of in the
     table and ends no other. The table is also sweep.csv above the runs' folders: what scores.json has as
-    "summary", and the seconds that 1,000 iterations took. Returns the exit status.
+    "summary", and the seconds that 1,000 iterations took; where seeds were swept, also mean and standard
+    deviation over them. Returns the exit status.
     """
     rows, worst = {}, 0
     for number, cfg in enumerate(configs, 1):
@@ -440,6 +441,17 @@ def sweep(configs: list, train: Callable) -> int:
         except NotFinite as error:
             print(f"error: {error}", file=sys.stderr)
             rows[folder.name], worst = {"": f"diverged: {error}"}, 3
+
+    same_but_seed = {}
+    for name, row in rows.items():
+        key = ",".join(part for part in name.split(",") if not part.startswith("seed="))
+        same_but_seed.setdefault(key, []).append(row)
+    for key, group in same_but_seed.items():
+        if len(group) > 1 and not any("" in row for row in group):  # none diverged
+            means = {c: [row[c][0] if isinstance(row[c], list) else row[c] for row in group]
+                     for c in group[0]}
+            over = f"{key}: {len(group)} seeds" if key else f"{len(group)} seeds"
+            rows[over] = {c: [mean(values), stdev(values)] for c, values in means.items()}
 
     def cell(value) -> str:
         if isinstance(value, list):  # mean and standard deviation

@@ -294,6 +294,28 @@ def test_a_sweep_ends_in_one_table_and_goes_on_where_it_was(tmp_path, monkeypatc
         run.sweep(parse("--sweep", "lr=0.1", "--out", "x", "--loss", "b")[1], trained(calls))
 
 
+def test_seeds_are_summed_up(tmp_path, monkeypatch, capsys):
+    @dataclass
+    class Seeded(Small):
+        seed: int = 0  # a seed
+
+    def train(cfg, resume=None):
+        (tmp_path / cfg.out).mkdir(parents=True)
+        (tmp_path / cfg.out / "metrics.csv").write_text("step,seconds,loss\n1,1,0\n2,2,0\n")
+        scores = {"summary": {"accuracy": [cfg.lr * cfg.seed, 9.0]}}
+        (tmp_path / cfg.out / "scores.json").write_text(json.dumps(scores))
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    ways = ["--sweep", "lr=1,10", "seed=1,2,6", "--out", "x"]
+    assert run.sweep(parse(*ways, config=Seeded)[1], train) == 0
+    table = [row[:2] for row in csv.reader(open("x/sweep.csv", newline=""))]
+    assert len(table) == 1 + 6 + 2
+    assert table[-2:] == [["lr=1: 3 seeds", "3 ± 2.6"], ["lr=10: 3 seeds", "30 ± 26"]]  # 1, 2, 6
+    assert run.sweep(parse("--sweep", "seed=1,2", "--out", "y", config=Seeded)[1], train) == 0
+    assert "2 seeds" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_run_that_diverges_ends_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run.sweep(parse("--sweep", "lr=0.1,0.2,0.3", "--out", "x")[1], trained([], fail=0.2)) == 3
