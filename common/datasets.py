@@ -55,7 +55,7 @@ def load_iclevr(source: str, image_size: int = 64, n_scenes: int = 6003) -> Labe
     if pictures is None:
         raise UserError(f"{folder} has no images/ (or iclevr/, image/) with the PNGs that train.json names")
     names = sorted(train)
-    images, pixels = load_images(pictures, names, image_size)
+    images, pixels, _ = load_images(pictures, names, image_size)
     labels = torch.tensor([train[name] for name in names])
     numbers = {key: i for i, key in enumerate(dict.fromkeys(name.rsplit("_", 1)[0] for name in names))}
     scene = torch.tensor([numbers[name.rsplit("_", 1)[0]] for name in names])
@@ -233,13 +233,120 @@ def _resize(images: torch.Tensor, image_size: int) -> torch.Tensor:
                       for part in images.split(4096)])
 
 
+# ---------------------------------------------------------------------- faces
+
+@dataclass
+class Faces:
+    """Faces with attributes that are there or not: CelebA, a set of cartoon faces, or drawn ones."""
+    name: str  # "CelebA", …: part of every title
+    images: torch.Tensor  # uint8 [N, 3, S, S]
+    labels: torch.Tensor  # int64 [N, A], 0 or 1
+    test_images: torch.Tensor  # uint8 [M, 3, S, S], a tenth: neither GAN nor judge is trained on these
+    test_labels: torch.Tensor  # int64 [M, A]
+    classes: tuple[str, ...]  # the attributes' names
+    groups: tuple[tuple[int, ...], ...]  # columns of which each face has exactly one; () without such
+    digest: str  # names the pixels, attributes and labels
+    kind = "faces"
+
+
+FACE_LAYOUTS = {  # attribute file: title, folder of the images beside it
+    "list_attr_celeba.txt": ("CelebA", "img_align_celeba"), "cartoon_attr.txt": ("cartoon faces", "images"),
+}
+# of CelebA's forty, eight that are plain to see
+CELEBA_ATTRIBUTES = "Bangs,Black_Hair,Blond_Hair,Brown_Hair,Eyeglasses,Male,Smiling,Young"
+
+
+def load_faces(source: str, image_size: int, attributes: str = "", crop: int = 0,
+               skip_bad: bool = False) -> Faces:
+    """Faces from a folder of list_attr_celeba.txt and img_align_celeba/, or of cartoon_attr.txt and images/.
+
+    attributes: names of columns, joined by commas; "": eight of CelebA's, all of another set's. crop: side of
+    the square cut out of the middle of each image before it is resized; 0: the largest. skip_bad: leave out,
+    and count, images that can't be read and those without a row. Raises UserError for what is missing or
+    malformed.
+    """
+    folder = Path(source)
+    table = next((folder / name for name in FACE_LAYOUTS if (folder / name).is_file()), None)
+    if table is None:
+        raise UserError(f"--data {folder}: there is no {' or '.join(FACE_LAYOUTS)} in it, with the images in "
+                        f"{' or '.join(d for _, d in FACE_LAYOUTS.values())} beside it")
+    title, pictures = FACE_LAYOUTS[table.name]
+    known, rows = _read_attributes(table)
+    every = CELEBA_ATTRIBUTES.split(",") if title == "CelebA" else known
+    chosen = attributes.split(",") if attributes else every
+    unknown = [name for name in chosen if name not in known]
+    if unknown or len(set(chosen)) < len(chosen):
+        raise UserError(f"--attributes {attributes}: {unknown[0] if unknown else 'a name twice'}; "
+                        f"{table} has {', '.join(known)}")
+    if not (folder / pictures).is_dir():
+        raise UserError(f"{folder / pictures} is not there: it should hold the images of {table.name}")
+    without = sorted({entry.name for entry in os.scandir(folder / pictures) if entry.is_file()} - rows.keys())
+    if without and not skip_bad:
+        raise UserError(f"{folder / pictures / without[0]} has no row in {table.name} ({len(without)} such "
+                        "files): take them away, or leave them out with --skip-bad-images")
+    names = sorted(rows)
+    images, digest, kept = load_images(folder / pictures, names, image_size, crop, skip_bad)
+    if without or len(kept) < len(names):
+        print(f"*** {folder}: left out {len(names) - len(kept)} images that can't be used and {len(without)} "
+              "files without a row ***")
+    table_of = torch.tensor([rows[name] for name in names])[kept]
+    labels = table_of[:, [known.index(name) for name in chosen]]
+    digest = hashlib.sha1(digest.encode() + labels.numpy().tobytes() + repr(chosen).encode()).hexdigest()[:12]
+    return _split_faces(title, images, labels, tuple(chosen), digest)
+
+
+def _split_faces(title: str, images: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...],
+                 digest: str) -> Faces:
+    """A fixed tenth of the faces is held out."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = order[len(order) // 10:].sort().values, order[:len(order) // 10].sort().values
+    return Faces(title, images[train], labels[train], images[test], labels[test], classes,
+                 one_of_groups(labels), digest)
+
+
+def one_of_groups(labels: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    """Neighbouring columns of 0/1 labels [N, A] of which each row has one 1; () unless all are in such."""
+    groups, start = [], 0
+    while start < labels.shape[1]:
+        ends = (labels[:, start:].cumsum(1) == 1).all(0).nonzero()[:, 0]
+        if not len(ends) or ends[0] == 0:
+            return ()
+        groups.append(tuple(range(start, start + int(ends[0]) + 1)))
+        start = groups[-1][-1] + 1
+    return tuple(groups)
+
+
+def _read_attributes(table: Path) -> tuple[list[str], dict[str, list[int]]]:
+    """Attribute names, and {file name: 0 or 1 each}, of a file whose first line is the number of rows, whose
+    second the names, then a row for each image: its name and 0 or 1 (or -1 and 1) for each attribute.
+    """
+    lines = table.read_text().splitlines()
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if len(lines) < 3 or not lines[0].strip().isdigit():
+        raise UserError(f"{table}: should begin with the number of rows and a line of names")
+    known, rows, values = lines[1].split(), {}, {"0": 0, "1": 1, "-1": 0}
+    if int(lines[0]) != len(lines) - 2:
+        raise UserError(f"{table}: its first line announces {int(lines[0])} rows, {len(lines) - 2} follow: "
+                        "it is cut off, or the count is wrong")
+    for number, line in enumerate(lines[2:], 3):
+        name, *row = line.split() or [""]
+        if len(row) != len(known) or not set(row) <= values.keys() or name in rows:
+            what = f"a file name, once, and {len(known)} values of 0 or 1 (or -1 and 1)"
+            raise UserError(f"{table}, line {number}: should be {what}, is {line[:60]!r}")
+        rows[name] = [values[value] for value in row]
+    return known, rows
+
+
 # ---------------------------------------------------------------------- decoding and caching
 
-def load_images(folder: Path, names: Iterable[str], image_size: int) -> tuple[torch.Tensor, str]:
-    """The named images as RGB, resized to a square: uint8 [N, 3, size, size], and a digest of the pixels.
+def load_images(folder: Path, names: Iterable[str], image_size: int, crop: int | None = None,
+                skip_bad: bool = False) -> tuple[torch.Tensor, str, torch.Tensor]:
+    """The named images as RGB squares: uint8 [K, 3, size, size], a digest of the pixels, and which names [K].
 
-    Decoded once and cached beside the folder, until a file in it changes. Raises UserError for a missing or
-    unreadable image.
+    crop: side of the square to cut out of the middle first; 0: the largest there is; None: squeeze the whole
+    image. Decoded once and cached beside the folder, until a file in it changes. Raises UserError for a
+    missing image, and for one that can't be read or is smaller than the crop, unless those are skipped.
     """
     names = list(names)
     stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
@@ -250,29 +357,51 @@ def load_images(folder: Path, names: Iterable[str], image_size: int) -> tuple[to
             "unpack the set again, or take them out of the list that names them"
         )
     state = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in names]
-    key = hashlib.sha1(repr(state).encode()).hexdigest()
+    key = hashlib.sha1(repr((state, crop, skip_bad)).encode()).hexdigest()
 
     def decode() -> dict:
         print(f"decoding {len(names)} images of {folder} …", flush=True)
         pixels = np.empty((len(names), image_size, image_size, 3), np.uint8)
+        good = torch.ones(len(names), dtype=torch.bool)
 
         def one(i: int) -> None:
+            bad = None
             try:
                 with Image.open(folder / names[i]) as image:
                     image = image.convert("RGB")
+                if crop and min(image.size) < crop:
+                    bad = f"has {image.width}×{image.height} pixels, smaller than --crop {crop}"
             except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
-                what = f"{folder / names[i]} can't be read as an image ({error}): replace it"
-                raise UserError(what) from None
+                bad = f"can't be read as an image ({error})"
+            if bad:
+                if not skip_bad:
+                    also = "" if crop is None else ", or leave such images out with --skip-bad-images"
+                    raise UserError(f"{folder / names[i]} {bad}: replace it{also}")
+                good[i] = False
+                return
+            if crop is not None:
+                image = _cut(image, crop)
             if image.size != (image_size, image_size):
                 image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
             pixels[i] = image
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(one, range(len(names))))
-        return {"images": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()}
+        kept = good.nonzero()[:, 0]
+        return {"images": torch.from_numpy(pixels).permute(0, 3, 1, 2)[kept].contiguous(), "kept": kept}
 
-    d = cached(folder.parent / f".{folder.name}-{image_size}.cache.pt", key, decode)
-    return d["images"], d["digest"]
+    size = f"{image_size}" if crop is None else f"{image_size}-crop{crop}"
+    d = cached(folder.parent / f".{folder.name}-{size}.cache.pt", key, decode)
+    if not len(d["kept"]):
+        raise UserError(f"{folder}: none of the {len(names)} images can be read")
+    return d["images"], d["digest"], d["kept"]
+
+
+def _cut(image: Image.Image, crop: int) -> Image.Image:
+    """The square of side `crop` (0: the largest) in the middle of an image."""
+    side = crop or min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def cached(path: Path, key: str, make: Callable[[], dict]) -> dict:

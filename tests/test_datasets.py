@@ -244,3 +244,121 @@ def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
     (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
     with pytest.raises(UserError, match="damaged"):
         datasets.load_digits(str(tmp_path), 32)
+
+
+# ------------------------------------------------------------------------------------------------- faces
+
+def make_faces(folder, layout="list_attr_celeba.txt", n=20, size=(30, 40)):
+    """A folder of CelebA's or the cartoon set's layout; image i is filled with the colour (10 i, 0, 0)."""
+    pictures = folder / {"list_attr_celeba.txt": "img_align_celeba", "cartoon_attr.txt": "images"}[layout]
+    pictures.mkdir(parents=True)
+    no = "-1" if "celeba" in layout else "0"
+    columns, rows = ("Big_Nose", "Hat", "Young"), []
+    for i in range(n):
+        Image.new("RGB", size, (10 * i, 0, 0)).save(pictures / f"{i:03}.png")
+        rows.append(f"{i:03}.png " + " ".join("1" if (i >> c) % 2 else no for c in range(len(columns))))
+    (folder / layout).write_text("\n".join([str(n), " ".join(columns), *rows]) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("layout, title", [("list_attr_celeba.txt", "CelebA"),
+                                           ("cartoon_attr.txt", "cartoon faces")])
+def test_faces_of_both_layouts_keep_their_own_labels(tmp_path, layout, title):
+    data = datasets.load_faces(str(make_faces(tmp_path, layout)), 16, "Young,Big_Nose")
+    assert data.name == title and data.classes == ("Young", "Big_Nose") and data.groups == ()
+    assert data.images.shape == (18, 3, 16, 16) and data.test_images.shape == (2, 3, 16, 16)
+    seen = []
+    for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
+        for image, label in zip(images, labels):
+            i = image[0, 8, 8].item() // 10
+            assert label.tolist() == [(i >> 2) % 2, i % 2]
+            seen.append(i)
+    assert sorted(seen) == list(range(20))
+    other = datasets.load_faces(str(tmp_path), 16, "Young")
+    assert other.digest != data.digest and torch.equal(other.images, data.images)
+    if layout == "cartoon_attr.txt":
+        assert datasets.load_faces(str(tmp_path), 16).classes == ("Big_Nose", "Hat", "Young")  # all there are
+
+
+def test_faces_are_cut_from_the_middle(tmp_path):
+    make_faces(tmp_path)
+    for path in (tmp_path / "img_align_celeba").iterdir():
+        image = Image.new("RGB", (30, 40), "red")
+        image.paste((0, 0, 255), (0, 5, 30, 35))  # the largest square in the middle
+        image.paste((0, 255, 0), (10, 15, 20, 25))  # ten in the middle of that
+        image.save(path)
+    whole = datasets.load_faces(str(tmp_path), 30, "Hat").images[0]
+    assert not whole[0].any() and whole[1].bool().sum() == 100
+    assert (datasets.load_faces(str(tmp_path), 16, "Hat", crop=10).images[:, 1] == 255).all()
+    with pytest.raises(UserError, match="30×40 pixels, smaller than --crop 31.*--skip-bad-images"):
+        datasets.load_faces(str(tmp_path), 16, "Hat", crop=31)
+
+
+def test_groups_are_columns_with_one_of_each():
+    hair, eyes = torch.tensor([0, 1, 2, 1, 0]), torch.tensor([1, 0, 1, 1, 0])
+    one_hot = torch.nn.functional.one_hot
+    labels = torch.cat([one_hot(hair, 3), one_hot(eyes, 2)], 1)
+    assert datasets.one_of_groups(labels) == ((0, 1, 2), (3, 4))
+    assert datasets.one_of_groups(labels[:, :4]) == ()  # the last column is not always on
+    labels[0, 0] = 0
+    assert datasets.one_of_groups(labels) == ()
+
+
+def test_grey_and_transparent_faces_are_converted(tmp_path):
+    make_faces(tmp_path)
+    Image.new("L", (30, 40), 7).save(tmp_path / "img_align_celeba" / "000.png")
+    Image.new("RGBA", (30, 40), (1, 2, 3, 100)).save(tmp_path / "img_align_celeba" / "001.png")
+    data = datasets.load_faces(str(tmp_path), 16, "Hat")
+    colours = {tuple(image[:, 0, 0].tolist()) for image in torch.cat([data.images, data.test_images])}
+    assert {(7, 7, 7), (1, 2, 3)} <= colours
+
+
+def test_a_damaged_face_is_named_and_can_be_skipped(tmp_path, capsys):
+    make_faces(tmp_path)
+    path = tmp_path / "img_align_celeba" / "007.png"
+    path.write_bytes(path.read_bytes()[:40])
+    (tmp_path / "img_align_celeba" / "more.png").write_bytes(b"")
+    with pytest.raises(UserError, match="more.png has no row.*1 such files.*--skip-bad-images"):
+        datasets.load_faces(str(tmp_path), 16, "Hat")
+    (tmp_path / "img_align_celeba" / "more.png").unlink()
+    with pytest.raises(UserError, match="007.png can't be read as an image.*--skip-bad-images"):
+        datasets.load_faces(str(tmp_path), 16, "Hat")
+    for _ in range(2):  # decoded, then from the cache
+        data = datasets.load_faces(str(tmp_path), 16, "Big_Nose", skip_bad=True)
+        assert len(data.images) + len(data.test_images) == 19
+        assert "left out 1 images that can't be used and 0 files without a row" in capsys.readouterr().out
+        for image, label in zip(data.images, data.labels):
+            assert label.tolist() == [image[0, 0, 0].item() // 10 % 2]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.replace("20\n", "21\n", 1), "announces 21 rows, 20 follow"),
+    (lambda t: "\n".join(t.splitlines()[:9]), "announces 20 rows, 7 follow"),
+    (lambda t: t.replace("004.png -1 -1 1", "004.png -1 1"), "line 7: should be a file name.*3 values"),
+    (lambda t: t.replace("004.png -1 -1 1", "004.png -1 2 1"), "line 7"),
+    (lambda t: t.replace("004.png", "003.png"), "line 7"),
+    (lambda t: t.replace("004.png", "040.png"), "004.png has no row"),
+    (lambda t: t.replace("20\n", "", 1), "should begin with the number of rows"),
+    (lambda t: "", "should begin with the number of rows"),
+])
+def test_malformed_attribute_files_are_refused(tmp_path, change, message):
+    table = make_faces(tmp_path) / "list_attr_celeba.txt"
+    table.write_text(change(table.read_text()))
+    with pytest.raises(UserError, match=message) as error:
+        datasets.load_faces(str(tmp_path), 16, "Hat")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_faces_and_unknown_attributes_are_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no list_attr_celeba.txt or cartoon_attr.txt"):
+        datasets.load_faces(str(tmp_path), 16)
+    make_faces(tmp_path)
+    with pytest.raises(UserError, match="Beard.*has Big_Nose, Hat, Young"):
+        datasets.load_faces(str(tmp_path), 16, "Hat,Beard")
+    with pytest.raises(UserError, match="a name twice"):
+        datasets.load_faces(str(tmp_path), 16, "Hat,Hat")
+    with pytest.raises(UserError, match="Bangs"):  # CelebA's default
+        datasets.load_faces(str(tmp_path), 16)
+    (tmp_path / "img_align_celeba" / "003.png").unlink()
+    with pytest.raises(UserError, match="003.png is not there"):
+        datasets.load_faces(str(tmp_path), 16, "Hat")
