@@ -90,6 +90,13 @@ def tiny_run(workdir) -> Path:
     return workdir / "runs" / "tiny"
 
 
+@pytest.fixture(autouse=True)
+def _not_deterministic():
+    """--deterministic is for a whole process, but not for the tests after one that sets it."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def make_iclevr(folder: Path, n_scenes: int = 6) -> Path:
     """A folder of i-CLEVR's layout with small pictures of noise, 40×30."""
     from common import worlds
