@@ -391,8 +391,13 @@ def evaluate(cfg: Config, data: Digits, judge: evaluator.Judge, folder: Path, de
         for score, (mean, std) in result.items():
             if score != "histogram":
                 print(f"  {score:<40}{mean:10.4f} ± {std:.4f}")
-    summary = ["code → digit", *(name for name in moved if "~" in name), "FD (judge)", "FID"]
-    scores["summary"] = {name: scores["last"][name] for name in summary if name in scores["last"]}
+    last = scores["last"]
+    scores["summary"] = {"code → digit": last["code → digit"]}
+    for factor in ("slant", "width"):  # of the code that moves it most; which one, and its sign, are chance
+        found = [last[f"code {c + 1} ~ {factor}"] for c in range(cfg.n_continuous)]
+        mean, std = max(found, key=lambda pair: abs(pair[0]))
+        scores["summary"][f"a code ~ {factor}"] = abs(mean), std
+    scores["summary"] |= {name: last[name] for name in ("FD (judge)", "FID") if name in last}
     run.write_whole(folder / "scores.json", lambda p: p.write_text(json.dumps(scores, indent=1) + "\n"))
 
 

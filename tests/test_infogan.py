@@ -231,8 +231,9 @@ def test_a_run_leaves_everything(finished):
         with Image.open(folder / f"{name}.png") as grid:
             assert grid.width == columns * 66 + 2
     scores = json.loads((folder / "scores.json").read_text())
-    assert set(scores["summary"]) == {"code → digit", "FD (judge)"} | {
-        f"code {c} ~ {f}" for c in (1, 2) for f in ("slant", "width")}
+    assert set(scores["summary"]) == {"code → digit", "a code ~ slant", "a code ~ width", "FD (judge)"}
+    strongest = max(abs(scores["last"][f"code {c} ~ width"][0]) for c in (1, 2))
+    assert scores["summary"]["a code ~ width"][0] == strongest
     assert 0.1 <= scores["last"]["code → digit"][0] <= 1 and len(scores["last"]["digit"]) == 10
     for part in ("code → digit", "Q's category → class", "Q's code 2 ~ width", "held-out accuracy"):
         assert part in told
