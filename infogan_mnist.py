@@ -4,6 +4,10 @@
     python infogan_mnist.py --iters 70000                    # 150 epochs at 64×64, one GPU
     python infogan_mnist.py --sweep seed=0,1,2 --ch 16 --image-size 32
     python infogan_mnist.py --resume runs/infogan_mnist      # go on; --sample and --eval take a run too
+
+Measured so far on a CPU (AMD EPYC; see results/), real MNIST, 32×32, width 16, 6,000 iterations of 64 images:
+code → digit 0.59 ± 0.04 over three seeds, a code that thickens (Spearman's correlation with the stroke width
+0.90 ± 0.11). The full size has not been run yet; the paper has 0.95.
 """
 import copy
 import json
