@@ -9,8 +9,8 @@ DCGAN: Radford et al. 2016; minimax loss with the -log D trick: Goodfellow et al
 
 Measured so far on a CPU (AMD EPYC; see results/), real MNIST, batches of 64, as FD (judge), of which training
 images have 1.9: latent 16, hidden 16: 173 after 1,500 iterations (about a minute on two cores), 93 after
-4,000 and no better later; hidden 100: 69 after 1,500 (15 minutes). FID, which the write-up wants below 60: not
-yet measured.
+4,000 and no better later; hidden 100: 69 after 1,500 (15 minutes). FID (in the write-up: below 60) is not
+measured yet.
 """
 import copy
 import json
