@@ -433,14 +433,14 @@ def _draw_looks(n: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor
         tone = 0.94 + 0.1 * torch.rand(n, 1, generator=g) + 0.05 * (torch.rand(n, 3, generator=g) - 0.5)
         f[group] = (torch.tensor(list(colours.values()))[k] / 255 * tone).clamp(0, 1)
     # a backdrop is darker than white hair, lighter than black and duller than the others
-    f["backdrop"] = (0.32 + 0.5 * torch.rand(n, 1, generator=g)) * (1 - 0.28 * torch.rand(n, 3, generator=g))
+    f["backdrop"] = (0.38 + 0.44 * torch.rand(n, 1, generator=g)) * (1 - 0.28 * torch.rand(n, 3, generator=g))
     f["shirt"] = 0.15 + 0.7 * torch.rand(n, 3, generator=g)
     f["frame"] = torch.tensor(FRAMES)[torch.randint(len(FRAMES), (n,), generator=g)] / 255
     return labels, f
 
 
 def _blob(x, y, rx, ry, power=2.0, curls=0.0):
-    """About how far points lie outside of an ellipse, squarer for powers above 2, its edge waved by `curls`."""
+    """About how far points lie outside of an ellipse: squarer for a power above 2, and wavy by `curls`."""
     k = ((x / rx).abs() ** power + (y / ry).abs() ** power + 1e-6) ** (1 / power)
     if torch.is_tensor(curls):
         k = k / (1 + curls * (13 * torch.atan2(x, -y)).cos())

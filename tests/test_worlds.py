@@ -1,4 +1,4 @@
-"""The drawn scenes and digits: what they are said to show is what they show."""
+"""The drawn scenes, digits and faces: what they are said to show is what they show."""
 import math
 
 import pytest
@@ -167,3 +167,91 @@ def test_digits_can_be_told_apart(written):
     x = torch.nn.functional.avg_pool2d(images.float() / 255, 2).flatten(1)
     nearest = torch.cdist(x[2000:], x[:2000]).topk(3, largest=False).indices
     assert (labels[:2000][nearest].mode(1).values == labels[2000:]).float().mean() > 0.93
+
+
+@pytest.fixture(scope="module")
+def portraits():
+    return worlds.faces(1440, 32, seed=3)
+
+
+def groups(labels):
+    sizes = [len(names) for names in worlds.FACE_GROUPS.values()]
+    return dict(zip(worlds.FACE_GROUPS, labels.split(sizes, 1)))
+
+
+def fitted(x, y):
+    """Ridge regression with an intercept: from features [n, k] to what they say of y [n, m]."""
+    x = torch.nn.functional.pad(x.double(), (0, 1), value=1)
+    return lambda new: torch.nn.functional.pad(new.double(), (0, 1), value=1) @ torch.linalg.solve(
+        x.T @ x + torch.eye(x.shape[1]), x.T @ y.double())
+
+
+def test_faces_have_the_shapes_and_names_said(portraits):
+    images, labels = portraits
+    assert images.dtype == torch.uint8 and images.shape == (1440, 3, 32, 32)
+    assert labels.dtype == torch.int64 and labels.shape == (1440, 15)
+    assert [len(names) for names in worlds.FACE_GROUPS.values()] == [6, 4, 3, 2]
+    assert list(worlds.FACE_GROUPS) == ["hair", "eyes", "face", "glasses"]
+    names = worlds.FACE_ATTRIBUTES
+    assert len(set(names)) == 15 and not any("," in name for name in names)
+    assert names[0] == "blonde hair" and names[6] == "brown eyes" and names[14] == "without glasses"
+    assert worlds.faces(2)[0].shape == (2, 3, 128, 128)
+
+
+def test_every_combination_of_attributes_comes_equally_often():
+    for n, least, most in ((288, 2, 2), (200, 1, 2), (100, 0, 1)):
+        labels = worlds.faces(n, 4, seed=1)[1]
+        assert set(labels.flatten().tolist()) == {0, 1}
+        assert all((group.sum(1) == 1).all() for group in groups(labels).values())
+        counts = labels.unique(dim=0, return_counts=True)[1]
+        assert len(counts) == min(n, 144) and counts.min() == max(least, 1) and counts.max() == most
+    order = groups(labels)["hair"].argmax(1)
+    assert (order.diff() < 0).sum() > 20  # shuffled
+
+
+def test_one_seed_draws_the_same_faces_for_any_batch_size():
+    state = torch.get_rng_state()
+    first = worlds.faces(20, 45, seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+    again = worlds.faces(20, 45, seed=3, batch=7)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    other = worlds.faces(20, 45, seed=4)
+    assert not torch.equal(other[0], first[0]) and not torch.equal(other[1], first[1])
+
+
+def test_a_face_s_attributes_are_seen_in_it(portraits):
+    images, labels = portraits
+    middle = images[:, :, 10:22, 6:26].long() * 6 // 256  # the face and the hair beside it
+    codes = (middle * torch.tensor([36, 6, 1]).view(3, 1, 1)).sum(1).flatten(1)
+    x = torch.nn.functional.one_hot(codes, 216).sum(1).sqrt() / 10  # how much there is of each colour
+    said = groups(fitted(x[:1152], labels[:1152])(x[1152:]))
+    for group, least in {"hair": 0.97, "eyes": 0.86, "face": 0.97, "glasses": 0.91}.items():
+        right = said[group].argmax(1) == groups(labels)[group][1152:].argmax(1)
+        assert right.double().mean() > least, group
+
+
+def test_a_face_s_colours_are_never_taken_for_another_of_the_group():
+    labels, factors = worlds._draw_looks(2880, 5)
+    for group, colours in worlds.FACE_COLOURS.items():
+        named = torch.tensor(list(colours.values())) / 255
+        assert torch.equal(torch.cdist(factors[group], named).argmin(1), groups(labels)[group].argmax(1))
+    assert (factors["backdrop"] - factors["hair"]).norm(dim=1).min() > 0.15
+
+
+def test_nothing_else_in_a_face_tells_its_attributes(portraits):
+    images, labels = portraits
+    corner = images[:, :, 0, 0].double()
+    left = corner - fitted(labels, corner)(labels)
+    assert (left.var(0) / corner.var(0)).min() > 0.97  # by chance 0.99
+    looks, factors = worlds._draw_looks(2880, 5)
+    for name in set(factors) - set(worlds.FACE_GROUPS):
+        both = torch.cat([looks, factors[name].flatten(1)], 1).T
+        both = both[both.std(1) > 0]
+        assert torch.corrcoef(both)[:15, 15:].abs().max() < 0.1, name  # by chance 0.02
+
+
+def test_faces_are_the_same_at_any_image_size():
+    half, full = (worlds.faces(48, size, seed=5)[0].float() for size in (32, 64))
+    shrunk = torch.nn.functional.avg_pool2d(full, 2)
+    # only the edges differ, which are as many pixels wide in either
+    assert (shrunk - half).abs().mean() < 2 < (shrunk[1:] - half[:-1]).abs().mean() / 10
