@@ -256,15 +256,22 @@ FACE_LAYOUTS = {  # attribute file: title, folder of the images beside it
 CELEBA_ATTRIBUTES = "Bangs,Black_Hair,Blond_Hair,Brown_Hair,Eyeglasses,Male,Smiling,Young"
 
 
-def load_faces(source: str, image_size: int, attributes: str = "", crop: int = 0,
-               skip_bad: bool = False) -> Faces:
-    """Faces from a folder of list_attr_celeba.txt and img_align_celeba/, or of cartoon_attr.txt and images/.
+def load_faces(source: str, image_size: int, attributes: str = "", crop: int = 0, skip_bad: bool = False,
+               n_drawn: int = 10_000) -> Faces:
+    """Faces from a folder of list_attr_celeba.txt and img_align_celeba/, or of cartoon_attr.txt and images/;
+    or n_drawn drawn ones, where source is "drawn".
 
     attributes: names of columns, joined by commas; "": eight of CelebA's, all of another set's. crop: side of
     the square cut out of the middle of each image before it is resized; 0: the largest. skip_bad: leave out,
     and count, images that can't be read and those without a row. Raises UserError for what is missing or
     malformed.
     """
+    if source == "drawn":
+        d = _drawn_faces(image_size, n_drawn)
+        columns = _pick_attributes(attributes, list(worlds.FACE_ATTRIBUTES), "the drawn set")
+        chosen = tuple(worlds.FACE_ATTRIBUTES[i] for i in columns)
+        digest = hashlib.sha1((d["digest"] + repr(chosen)).encode()).hexdigest()[:12]
+        return _split_faces("drawn faces", d["images"], d["labels"][:, columns], chosen, digest)
     folder = Path(source)
     table = next((folder / name for name in FACE_LAYOUTS if (folder / name).is_file()), None)
     if table is None:
@@ -272,12 +279,10 @@ def load_faces(source: str, image_size: int, attributes: str = "", crop: int = 0
                         f"{' or '.join(d for _, d in FACE_LAYOUTS.values())} beside it")
     title, pictures = FACE_LAYOUTS[table.name]
     known, rows = _read_attributes(table)
-    every = CELEBA_ATTRIBUTES.split(",") if title == "CelebA" else known
-    chosen = attributes.split(",") if attributes else every
-    unknown = [name for name in chosen if name not in known]
-    if unknown or len(set(chosen)) < len(chosen):
-        raise UserError(f"--attributes {attributes}: {unknown[0] if unknown else 'a name twice'}; "
-                        f"{table} has {', '.join(known)}")
+    if title == "CelebA" and not attributes:
+        attributes = CELEBA_ATTRIBUTES
+    columns = _pick_attributes(attributes, known, str(table))
+    chosen = tuple(known[i] for i in columns)
     if not (folder / pictures).is_dir():
         raise UserError(f"{folder / pictures} is not there: it should hold the images of {table.name}")
     without = sorted({entry.name for entry in os.scandir(folder / pictures) if entry.is_file()} - rows.keys())
@@ -290,9 +295,30 @@ def load_faces(source: str, image_size: int, attributes: str = "", crop: int = 0
         print(f"*** {folder}: left out {len(names) - len(kept)} images that can't be used and {len(without)} "
               "files without a row ***")
     table_of = torch.tensor([rows[name] for name in names])[kept]
-    labels = table_of[:, [known.index(name) for name in chosen]]
+    labels = table_of[:, columns]
     digest = hashlib.sha1(digest.encode() + labels.numpy().tobytes() + repr(chosen).encode()).hexdigest()[:12]
-    return _split_faces(title, images, labels, tuple(chosen), digest)
+    return _split_faces(title, images, labels, chosen, digest)
+
+
+def _pick_attributes(attributes: str, known: list[str], where: str) -> list[int]:
+    """The columns of the names in `attributes`, joined by commas; all where it is empty."""
+    names = attributes.split(",") if attributes else known
+    unknown = [name for name in names if name not in known]
+    if unknown or len(set(names)) < len(names):
+        raise UserError(f"--attributes {attributes}: {unknown[0] if unknown else 'a name twice'}; "
+                        f"{where} has {', '.join(known)}")
+    return [known.index(name) for name in names]
+
+
+def _drawn_faces(image_size: int, n: int) -> dict:
+    code = hashlib.sha1(Path(worlds.__file__).read_bytes()).hexdigest()
+
+    def draw() -> dict:
+        print(f"drawing {n} faces at {image_size}×{image_size} …", flush=True)
+        images, labels = worlds.faces(n, image_size)
+        return {"images": images, "labels": labels}
+
+    return cached(CACHE / f"faces-{image_size}-{n}.pt", code, draw)
 
 
 def _split_faces(title: str, images: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...],

@@ -362,3 +362,24 @@ def test_missing_faces_and_unknown_attributes_are_refused(tmp_path):
     (tmp_path / "img_align_celeba" / "003.png").unlink()
     with pytest.raises(UserError, match="003.png is not there"):
         datasets.load_faces(str(tmp_path), 16, "Hat")
+
+
+def test_drawn_faces_come_in_groups(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = datasets.load_faces("drawn", 32, n_drawn=150)
+    images, labels = worlds.faces(150, 32)
+    assert data.name == "drawn faces" and data.classes == worlds.FACE_ATTRIBUTES
+    assert [len(group) for group in data.groups] == [6, 4, 3, 2]
+    assert len(data.images) == 135 and len(data.test_images) == 15
+    known = {image.numpy().tobytes(): label.tolist() for image, label in zip(images, labels)}
+    for image, label in zip(torch.cat([data.images, data.test_images]),
+                            torch.cat([data.labels, data.test_labels])):
+        assert known[image.numpy().tobytes()] == label.tolist()
+    assert "drawing 150 faces" in capsys.readouterr().out
+    names = worlds.FACE_ATTRIBUTES[-2], worlds.FACE_ATTRIBUTES[0]
+    some = datasets.load_faces("drawn", 32, ",".join(names), n_drawn=150)
+    assert not capsys.readouterr().out  # from the cache
+    assert some.classes == names and torch.equal(some.labels, data.labels[:, [-2, 0]])
+    assert some.digest != data.digest
+    with pytest.raises(UserError, match="Hat; the drawn set has"):
+        datasets.load_faces("drawn", 32, "Hat", n_drawn=150)
