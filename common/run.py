@@ -449,7 +449,7 @@ def sweep(configs: list, train: Callable) -> int:
     for key, group in same_but_seed.items():
         if len(group) > 1 and not any("" in row for row in group):  # none diverged
             means = {c: [row[c][0] if isinstance(row[c], list) else row[c] for row in group]
-                     for c in group[0]}
+                     for c in group[0] if all(c in row for row in group)}
             over = f"{key}: {len(group)} seeds" if key else f"{len(group)} seeds"
             rows[over] = {c: [mean(values), stdev(values)] for c, values in means.items()}
 
