@@ -2,6 +2,7 @@
 
     python evaluator.py scenes --data data/iclevr   # train and cache a judge of i-CLEVR, print its accuracy
     python evaluator.py digits --data drawn         # the same for the drawn digits; --also mnist reads others
+    python evaluator.py faces --data data/celeba    # the same for faces' attributes
 
 A judge is a classifier trained on real (or drawn) images whose held-out accuracy is printed with every score.
 Scripts train theirs when they first need it; their `--judge PATH` loads another, such as the course's.
@@ -20,7 +21,8 @@ from scipy.stats import rankdata
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from common.datasets import Digits, LabelledScenes, load_digits, load_iclevr, pick_digits, pick_source
+from common.datasets import (Digits, Faces, LabelledScenes, load_digits, load_faces, load_iclevr, pick_digits,
+                             pick_source)
 from common.fid import Inception, Moments, features, frechet_distance, load_inception
 from common.run import NotFinite, Parser, UserError, entry, pick_device, write_whole
 
@@ -137,12 +139,22 @@ def print_table(results: dict[str, dict], columns: list[str]) -> None:
 
 # ---------------------------------------------------------------------- digits' scores
 
-def digit_moments(judge: Judge, images: torch.Tensor, device: torch.device) -> Moments:
-    """Moments of the judge's features of real images, uint8 [N, 1, S, S]."""
-    moments = Moments()
-    for part in images.split(1000):
-        moments.update(judge.with_features(part.to(device) / 127.5 - 1)[1])
-    return moments
+@torch.no_grad()
+def look(judge: Judge, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Moments]:
+    """Of images in [-1, 1] the judge's probabilities [N, n_classes], on the CPU, and its features' moments."""
+    seen, moments = [], Moments()
+    for images in batches:
+        if not images.isfinite().all():
+            raise NotFinite("generated images are not finite numbers")
+        probabilities, vectors = judge.with_features(images)
+        moments.update(vectors)
+        seen.append(probabilities.cpu())
+    return torch.cat(seen), moments
+
+
+def real_moments(judge: Judge, images: torch.Tensor, device: torch.device) -> Moments:
+    """Moments of the judge's features of real images, uint8 [N, C, S, S]."""
+    return look(judge, (part.to(device) / 127.5 - 1 for part in images.split(500)))[1]
 
 
 @torch.no_grad()
@@ -157,14 +169,8 @@ def score_digits(sample: Sampler, judge: Judge, real: Moments, n: int, draws: in
     """
     g, runs = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
-        moments, counts = Moments(), torch.zeros(10, dtype=torch.float64)
-        for start in range(0, n, 500):
-            images = sample(min(500, n - start), g)
-            if not images.isfinite().all():
-                raise NotFinite("generated images are not finite numbers")
-            probabilities, vectors = judge.with_features(images)
-            moments.update(vectors)
-            counts += probabilities.argmax(1).bincount(minlength=10).cpu()
+        seen, moments = look(judge, (sample(min(500, n - i), g) for i in range(0, n, 500)))
+        counts = seen.argmax(1).bincount(minlength=10).double()
         runs.append({"FD (judge)": distance(real, moments), "histogram": counts / n} | count_digits(counts))
     return {key: _mean_std([run[key] for run in runs]) for key in runs[0]}
 
@@ -179,6 +185,54 @@ def count_digits(counts: torch.Tensor) -> dict[str, float]:
     n = counts.sum()
     return {"chi2": ((counts - n / 10).square().sum() / (n / 10)).item(),
             "TV": ((counts / n - 0.1).abs().sum() / 2).item()}
+
+
+# ---------------------------------------------------------------------- attributes' scores
+
+def count_attributes(seen: torch.Tensor, labels: torch.Tensor, groups: tuple[tuple[int, ...], ...]) -> dict:
+    """How far probabilities [N, A] agree with labels [N, A] of 0 and 1.
+
+    Of each group, columns of which exactly one is 1, the likeliest column must be the right one; without
+    groups each attribute stands alone, there from 0.5 on. Returns "accuracy" (mean over the groups or
+    attributes), "exact" (share of images with all of them right) and "by attribute" (accuracy of each).
+    """
+    if groups:
+        pairs = [(seen[:, columns].argmax(1), labels[:, columns].argmax(1)) for columns in map(list, groups)]
+        right = torch.stack([a == b for a, b in pairs], 1)
+    else:
+        right = (seen >= 0.5) == (labels == 1)
+    right = right.double()
+    exact = right.prod(1).mean().item()
+    return {"accuracy": right.mean().item(), "exact": exact, "by attribute": right.mean(0)}
+
+
+@torch.no_grad()
+def score_faces(sample: Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]], judge: Judge,
+                real: Moments, groups: tuple[tuple[int, ...], ...], n: int, draws: int,
+                seed: int) -> dict[str, tuple]:
+    """Score n generated faces, over several draws; sample(k, generator) → images, labels asked for [k, A].
+
+    Returns {score: (mean, std over draws)}: "FD (judge)" to the real images, and those of count_attributes.
+    """
+    g, runs = torch.Generator().manual_seed(seed), []
+    for _ in range(draws):
+        labels = []
+
+        def images(k: int) -> torch.Tensor:
+            made, asked = sample(k, g)
+            labels.append(asked.cpu())
+            return made
+        seen, moments = look(judge, (images(min(250, n - i)) for i in range(0, n, 250)))
+        runs.append({"FD (judge)": distance(real, moments)}
+                    | count_attributes(seen, torch.cat(labels), groups))
+    return {key: _mean_std([run[key] for run in runs]) for key in runs[0]}
+
+
+def attribute_names(data: Faces) -> list[str]:
+    """What count_attributes' "by attribute" is of: each attribute, or each group as "first … last"."""
+    if not data.groups:
+        return list(data.classes)
+    return [f"{data.classes[columns[0]]} … {data.classes[columns[-1]]}" for columns in data.groups]
 
 
 # ---------------------------------------------------------------------- what InfoGAN's codes mean
@@ -327,7 +381,7 @@ def _mean_std(values: list) -> tuple:
 
 # ---------------------------------------------------------------------- judges
 
-def get_judge(choice: str, data: LabelledScenes | Digits, width: int, steps: int,
+def get_judge(choice: str, data: LabelledScenes | Digits | Faces, width: int, steps: int,
               device: torch.device) -> Judge | None:
     """The judge that --judge names: "auto" (trained on `data` and cached), "none", or a checkpoint's path."""
     if choice == "none":
@@ -345,10 +399,11 @@ def get_judge(choice: str, data: LabelledScenes | Digits, width: int, steps: int
     return load_judge(path, data, device)
 
 
-NETS = {"scenes": (JudgeNet, 8, "ResNet-18"), "digits": (DigitNet, 2, "digit CNN")}  # features: n · width
+NETS = {"scenes": (JudgeNet, 8, "ResNet-18"), "digits": (DigitNet, 2, "digit CNN"),
+        "faces": (JudgeNet, 8, "ResNet-18")}  # features: n · width
 
 
-def load_judge(path: Path, data: LabelledScenes | Digits, device: torch.device) -> Judge:
+def load_judge(path: Path, data: LabelledScenes | Digits | Faces, device: torch.device) -> Judge:
     """A judge's checkpoint: {"model": weights of a JudgeNet or DigitNet, …}, as the i-CLEVR course's is."""
     if not path.is_file():
         raise UserError(f"--judge {path}: there is no such file")
@@ -376,13 +431,13 @@ def load_judge(path: Path, data: LabelledScenes | Digits, device: torch.device) 
     return Judge(net.eval().requires_grad_(False), f"{kind} of width {features // times}, {told}", held_out)
 
 
-def train_judge(data: LabelledScenes | Digits, width: int, steps: int,
+def train_judge(data: LabelledScenes | Digits | Faces, width: int, steps: int,
                 device: torch.device) -> tuple[nn.Module, dict]:
     """Train a judge of the data's kind; returns it with its scores on images it was not trained on.
 
-    Scenes: on nine tenths of the scenes, mirrored at random; digits: on the training set, tested on the test
-    set. The held-out images are looked at once, after training: nothing is chosen by them. The global random
-    state is left alone.
+    Scenes: on nine tenths of the scenes; digits and faces: on the training set, tested on the test set. All
+    but digits are mirrored at random. The held-out images are looked at once, after training: nothing is
+    chosen by them. The global random state is left alone.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -392,6 +447,11 @@ def train_judge(data: LabelledScenes | Digits, width: int, steps: int,
         def scores(images: torch.Tensor) -> torch.Tensor:
             return torch.cat([judge(part.to(device) / 127.5 - 1).cpu() for part in images.split(256)])
 
+        if isinstance(data, Faces):
+            target = data.labels.float()
+            fit_judge(net, data.images, target, F.binary_cross_entropy_with_logits, steps, 32, True)
+            found = count_attributes(scores(data.test_images), data.test_labels, data.groups)
+            return net, {"accuracy": found["accuracy"], "exact": found["exact"]}
         if isinstance(data, Digits):
             fit_judge(net, data.images, data.labels, F.cross_entropy, steps, 64, False)
             right = scores(data.test_images).argmax(1) == data.test_labels
@@ -472,6 +532,8 @@ def main() -> None:
         raise UserError("--also is for digits")
     if args.kind == "digits":
         data = load_digits(pick_digits(args.data), size)
+    elif args.kind == "faces":
+        data = load_faces(pick_source(args.data, "data/celeba"), size)
     else:
         data = load_iclevr(pick_source(args.data, "data/iclevr"), size)
     judge = get_judge("auto", data, args.judge_width, args.judge_steps, device)

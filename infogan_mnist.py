@@ -233,7 +233,7 @@ def train(cfg: Config, resume: Path | None = None) -> int:
     if judge:  # best.pt is chosen by the distance to training images; scores are told with test images
         g = torch.Generator().manual_seed(0)
         chosen = data.images[torch.randperm(len(data.images), generator=g)[:len(data.test_images)]]
-        choice = evaluator.digit_moments(judge, chosen, device)
+        choice = evaluator.real_moments(judge, chosen, device)
 
     def save(name: str, step: int) -> None:
         run.save_checkpoint(folder.folder / name, dict(
@@ -368,7 +368,7 @@ def draw(cfg: Config, ema: nn.Module, data: Digits, folder: Path, heading: str) 
 
 def evaluate(cfg: Config, data: Digits, judge: evaluator.Judge, folder: Path, device: torch.device) -> None:
     """Score last.pt and best.pt; print what their codes mean and write scores.json."""
-    real = evaluator.digit_moments(judge, data.test_images, device)
+    real = evaluator.real_moments(judge, data.test_images, device)
     inception = evaluator.get_inception(cfg.fid_weights, device)
     much = cfg.eval_images, cfg.eval_draws, cfg.seed + 1  # other z than best.pt was chosen with
     scores = {"data": data.name, "judge": judge.title, "judge_held_out": judge.held_out,

@@ -1,4 +1,6 @@
-"""Adversarial losses on raw scores (logits) [B], averaged over the batch."""
+"""Adversarial losses on raw scores (logits) [B], averaged over the batch, and penalties on D's gradients."""
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -32,3 +34,37 @@ def bce_d(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 def bce_g(fake: torch.Tensor) -> torch.Tensor:
     """Loss of G that goes with it, in its non-saturating form: -E[log σ(D(G(z)))] (their section 3)."""
     return F.softplus(-fake).mean()
+
+
+def wasserstein_d(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Loss of a critic, E[D(G(z))] - E[D(x)] (Arjovsky et al. 2017, eq. 2); G's is hinge_g's."""
+    return fake.mean() - real.mean()
+
+
+Critic = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] → scores [B]
+
+
+def _gradients_between(critic: Critic, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """∇D [B, C·H·W] at a random point, one for each pair, on the line between real and fake [B, C, H, W].
+
+    In fp32 whatever autocast says (a power of a small gradient is 0 in 16 bits), with a graph to train D by.
+    Where D has batch norm the points of a batch share statistics, and a gradient is that of the batch's sum.
+    """
+    with torch.autocast(real.device.type, enabled=False):
+        share = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
+        x = torch.lerp(real, fake.detach().to(real.dtype), share).requires_grad_()
+        return torch.autograd.grad(critic(x).sum(), x, create_graph=True)[0].flatten(1)
+
+
+def gradient_penalty(critic: Critic, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """E[(‖∇D(x̂)‖₂ - 1)²], the norm over all of an image's values (WGAN-GP: Gulrajani et al. 2017, eq. 3).
+
+    vector_norm has gradient 0 where the norm is 0; a square root there would give NaN.
+    """
+    return (torch.linalg.vector_norm(_gradients_between(critic, real, fake), dim=1) - 1).square().mean()
+
+
+def wasserstein_divergence(critic: Critic, real: torch.Tensor, fake: torch.Tensor, k: float = 2,
+                           p: float = 6) -> torch.Tensor:
+    """k E[‖∇D(x̂)‖₂^p], which D's loss adds to wasserstein_d (WGAN-div: Wu et al. 2018, Algorithm 1)."""
+    return k * torch.linalg.vector_norm(_gradients_between(critic, real, fake), dim=1).pow(p).mean()

@@ -78,13 +78,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def parse(Config: type, quick: dict, description: str, argv: list[str] | None = None):
+def parse(Config: type, quick: dict, description: str, argv: list[str] | None = None,
+          variants: dict[str, dict] | None = None):
     """Read the command line into (action, config, folder).
 
     action is "train", "resume", "sample", "eval" or "sweep"; folder is the run that the middle three name, or
     None. For "sweep" config is a list of them, one for each combination of the values given.
     Every field of Config is a flag, its trailing comment the help. `quick` holds the values that --quick
-    presets.
+    presets; `variants` those that "--sweep variants" goes through, by name.
     Raises UserError for anything that does not fit, config.json of the run included.
     """
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
@@ -96,8 +97,9 @@ def parse(Config: type, quick: dict, description: str, argv: list[str] | None = 
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     group.add_argument("--sample", metavar="RUN", help="write pictures from the run in this folder")
     group.add_argument("--eval", metavar="RUN", help="score the run in this folder")
-    group.add_argument("--sweep", metavar="FIELD=V1,V2", nargs="+",
-                       help="a run for each combination, in folders below --out, and a table of their scores")
+    also = " (variants: " + ", ".join(variants) + ")" if variants else ""
+    group.add_argument("--sweep", metavar="FIELD=V1,V2", nargs="+", help="a run for each combination, in "
+                       f"folders below --out, and a table of their scores{also}")
     for field in dataclasses.fields(Config):
         flag, kind = "--" + field.name.replace("_", "-"), field.type
         text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
@@ -113,7 +115,7 @@ def parse(Config: type, quick: dict, description: str, argv: list[str] | None = 
     if action == "sweep":
         out = f"runs/{Path(inspect.getfile(Config)).stem}-sweep"
         given = {**(quick if use_quick else {}), "out": out, **given}
-        return action, _combinations(Config, parser, given.pop("sweep"), given), None
+        return action, _combinations(Config, parser, given.pop("sweep"), given, variants or {}), None
     if action == "train":
         cfg = Config(**{**(quick if use_quick else {}), **given})
         _check_ranges(cfg)
@@ -138,26 +140,37 @@ def _stored_with(Config: type, folder: Path, given: dict, free: tuple[str, ...])
     return dataclasses.replace(cfg, **given)
 
 
-def _combinations(Config: type, parser: Parser, sweep: list[str], given: dict) -> list:
-    """A config for each combination of the FIELD=V1,V2,… in `sweep`, each to run in a folder of its own."""
-    kinds, ways = {field.name: field.type for field in dataclasses.fields(Config)}, {}
+def _combinations(Config: type, parser: Parser, sweep: list[str], given: dict, variants: dict) -> list:
+    """A config for each combination of the FIELD=V1,V2,… in `sweep`, each to run in a folder of its own; the
+    word "variants" stands for all of `variants`, {name: {field: value}}.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    ways, swept = [], {"out"}  # each way is {part of the folder's name: {field: value}}
     for item in sweep:
         name, _, values = item.partition("=")
-        if name not in kinds or name == "out" or not values or name in ways:
+        if item == "variants" and variants:
+            ways.append(variants)
+            fields = set().union(*variants.values())
+        elif name in kinds and values:
+            flag = "--" + name.replace("_", "-")
+            arguments = {value: f"{flag}={value}" for value in values.split(",")}
+            if kinds[name] is bool:
+                switch = {"true": flag, "false": "--no-" + flag[2:]}
+                arguments = {value: switch.get(value, f"{flag}={value}") for value in arguments}
+            # read as the flag is, so that what is refused there is refused here
+            ways.append({f"{name}={value}": vars(parser.parse_args([text]))
+                         for value, text in arguments.items()})
+            fields = {name}
+        else:
+            fields = swept  # refused
+        if fields & swept:
             raise UserError(f"--sweep {item}: give each field of the Config (a flag, with _ for -) once, as "
-                            "FIELD=V1,V2")
-        flag = "--" + name.replace("_", "-")
-        arguments = {value: f"{flag}={value}" for value in values.split(",")}
-        if kinds[name] is bool:
-            switch = {"true": flag, "false": "--no-" + flag[2:]}
-            arguments = {value: switch.get(value, f"{flag}={value}") for value in arguments}
-        # read as the flag is, so that what is refused there is refused here
-        ways[name] = {value: vars(parser.parse_args([text]))[name] for value, text in arguments.items()}
+                            "FIELD=V1,V2" + (", or the word variants" if variants else ""))
+        swept |= fields
     configs = []
-    for texts in itertools.product(*ways.values()):
-        chosen = {name: ways[name][text] for name, text in zip(ways, texts)}
-        folder = ",".join(f"{name}={text}" for name, text in zip(ways, texts))
-        configs.append(Config(**{**given, **chosen, "out": str(Path(given["out"]) / folder)}))
+    for names in itertools.product(*ways):
+        chosen = dict(pair for way, name in zip(ways, names) for pair in way[name].items())
+        configs.append(Config(**{**given, **chosen, "out": str(Path(given["out"]) / ",".join(names))}))
         _check_ranges(configs[-1])
     return configs
 
@@ -387,11 +400,13 @@ class Run:
         if self.writer:
             self.writer.add_image("samples", make_grid(images.detach().cpu().float() / 2 + 0.5, **grid), step)
 
-    def draw_progress(self, title: str) -> None:
-        """progress.gif from the pictures so far, and curves.png from metrics.csv."""
+    def draw_progress(self, title: str, frames: int = 60) -> None:
+        """progress.gif from at most `frames` of the pictures so far, curves.png from metrics.csv."""
         pictures = sorted((self.folder / "samples").glob("step_*.png"))
         if pictures:
-            save_gif(self.folder / "progress.gif", pictures[:: math.ceil(len(pictures) / 60)])
+            n = min(frames, len(pictures))  # the first, the last, and evenly between
+            save_gif(self.folder / "progress.gif",
+                     [pictures[round(i * (len(pictures) - 1) / max(1, n - 1))] for i in range(n)])
         if plt:
             draw_curves(self.folder / "metrics.csv", self.folder / "curves.png", title)
 

@@ -193,7 +193,7 @@ def test_score_digits_by_hand(digits):
 
     real = torch.randint(0, 256, (700, 1, 32, 32), generator=torch.Generator().manual_seed(5)).byte()
     state = torch.get_rng_state()
-    result = evaluator.score_digits(sample, judge, evaluator.digit_moments(judge, real, CPU), 1200, 2, 3)
+    result = evaluator.score_digits(sample, judge, evaluator.real_moments(judge, real, CPU), 1200, 2, 3)
     assert torch.equal(torch.get_rng_state(), state)
     draws = [torch.cat(seen[:3]), torch.cat(seen[3:])]  # 500 + 500 + 200 each
     rows = []
@@ -208,14 +208,14 @@ def test_score_digits_by_hand(digits):
     for name, column in zip(("FD (judge)", "chi2", "TV"), np.array(rows).T):
         assert result[name] == pytest.approx((column.mean(), column.std(ddof=1)), rel=1e-5), name
     assert sum(result["histogram"][0]) == pytest.approx(1)
-    one = evaluator.score_digits(sample, judge, evaluator.digit_moments(judge, real, CPU), 1200, 1, 3)
+    one = evaluator.score_digits(sample, judge, evaluator.real_moments(judge, real, CPU), 1200, 1, 3)
     assert one["FD (judge)"] == (pytest.approx(rows[0][0], rel=1e-5), 0.0)  # the first draw again
 
 
 def test_real_digits_are_near_and_noise_is_far(digits):
     torch.manual_seed(0)
     judge = evaluator.Judge(evaluator.DigitNet(10, 8).eval(), "", None)
-    real = evaluator.digit_moments(judge, digits.test_images, CPU)
+    real = evaluator.real_moments(judge, digits.test_images, CPU)
     near = evaluator.score_digits(lambda n, g: digits.images[:n] / 127.5 - 1, judge, real, 400, 1, 0)
     far = evaluator.score_digits(lambda n, g: torch.rand(n, 1, 28, 28, generator=g), judge, real, 400, 1, 0)
     assert 0 < near["FD (judge)"][0] < 0.1 * far["FD (judge)"][0]
