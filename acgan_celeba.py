@@ -351,7 +351,7 @@ def title(cfg: Config, data: Faces) -> str:
 # ---------------------------------------------------------------------- pictures and scores
 
 def ask(data: Faces, n: int, g: torch.Generator) -> torch.Tensor:
-    """Attributes [n, A] to ask for: evenly one of each group; where there are none, as training images have."""
+    """Attributes [n, A] to ask for: of each group one, evenly; without groups, as training images have."""
     if not data.groups:
         return data.labels[torch.randint(len(data.labels), (n,), generator=g)]
     picks = [torch.randint(len(columns), (n,), generator=g) for columns in data.groups]

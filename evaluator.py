@@ -141,7 +141,7 @@ def print_table(results: dict[str, dict], columns: list[str]) -> None:
 
 @torch.no_grad()
 def look(judge: Judge, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Moments]:
-    """Of images in [-1, 1] the judge's probabilities [N, n_classes], on the CPU, and its features' moments."""
+    """Of images in [-1, 1] the judge's probabilities [N, n_classes], on the CPU, and features' moments."""
     seen, moments = [], Moments()
     for images in batches:
         if not images.isfinite().all():

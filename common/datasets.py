@@ -452,7 +452,8 @@ def cached(path: Path, key: str, make: Callable[[], dict]) -> dict:
 class Batches:
     """Shuffled batches, without replacement within an epoch, as a pure function of seed and number.
 
-    The tensors live on `device` where they take at most half of its free memory, else in pinned memory.
+    The tensors live on `device` where they take at most half of its free memory, else in pinned memory: then
+    the next batch in order is on its way while one is in use.
     """
 
     def __init__(
@@ -462,22 +463,36 @@ class Batches:
         self.per_epoch = len(images) // batch_size
         if not self.per_epoch:
             raise UserError(f"--batch-size {batch_size} is more than the {len(images)} training images")
-        self.images, self.labels, self.epoch = images, labels, -1
+        self.images, self.labels, self.epoch, self.ahead = images, labels, -1, {}
+        self.stream = None  # that batches are copied on, where the set does not fit
         if device.type == "cuda":
             fits = images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-            self.images = images.to(device) if fits else images.pin_memory()
-            self.labels = labels.to(self.images.device)
+            self.images, self.labels = (x.to(device) if fits else x.pin_memory() for x in (images, labels))
+            self.stream = None if fits else torch.cuda.Stream(device)
 
     def __call__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Batch `number` (0, 1, …): images uint8 [B, 3, H, W] and labels int64 [B, …], on the device."""
+        if self.stream is None:
+            return self._gather(number)
+        batch, copied = self.ahead.pop(number, None) or self._send(number)
+        now = torch.cuda.current_stream(self.device)
+        now.wait_event(copied)
+        for tensor in batch:
+            tensor.record_stream(now)  # its memory is not to be used again before this stream is done with it
+        self.ahead = {number + 1: self._send(number + 1)}
+        return batch
+
+    def _gather(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, at = divmod(number, self.per_epoch)
         if epoch != self.epoch:
             g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.order = torch.randperm(len(self.images), generator=g).to(self.images.device)
             self.epoch = epoch
         index = self.order[at * self.batch_size:(at + 1) * self.batch_size]
-        images, labels = self.images[index], self.labels[index]
-        if images.device != self.device:
-            images = images.pin_memory().to(self.device, non_blocking=True)
-            labels = labels.pin_memory().to(self.device, non_blocking=True)
-        return images, labels
+        return self.images[index], self.labels[index]
+
+    def _send(self, number: int) -> tuple[tuple[torch.Tensor, ...], torch.cuda.Event]:
+        """Start copying batch `number` beside what the device does; also the event of its arrival."""
+        with torch.cuda.stream(self.stream):
+            batch = tuple(x.pin_memory().to(self.device, non_blocking=True) for x in self._gather(number))
+            return batch, self.stream.record_event()

@@ -146,6 +146,42 @@ def test_batches_cover_an_epoch_once_and_depend_on_seed_and_number_alone():
     assert not torch.equal(Batches(images, labels, 6, seed=2, device=torch.device("cpu"))(4)[1], y)
 
 
+def test_batches_that_are_sent_ahead_are_the_same(monkeypatch):
+    """The order of sending, on a CPU that plays the GPU; the copies themselves are tested on one, below."""
+    images, labels = torch.arange(20).view(20, 1, 1, 1), torch.arange(20)
+    plain, ahead = (Batches(images, labels, 6, seed=1, device=torch.device("cpu")) for _ in range(2))
+    sent = []
+
+    class Stream:
+        def wait_event(self, number):
+            assert number in sent
+
+    def send(number):
+        sent.append(number)
+        return ahead._gather(number), number
+    monkeypatch.setattr(ahead, "stream", Stream())
+    monkeypatch.setattr(ahead, "_send", send)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    for number in (1, 2, 3, 4, 9, 10, 0):  # over the end of an epoch, then out of order
+        for a, b in zip(ahead(number), plain(number)):
+            assert torch.equal(a, b)
+    assert sent == [1, 2, 3, 4, 5, 9, 10, 11, 0, 1]  # each once where they come in order, and one ahead
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_batches_of_a_set_that_does_not_fit(monkeypatch):
+    device, g = torch.device("cuda"), torch.Generator().manual_seed(0)
+    images = torch.randint(256, (50, 3, 16, 16), generator=g, dtype=torch.uint8)
+    plain = Batches(images, torch.arange(50), 8, seed=1, device=device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+    ahead = Batches(images, torch.arange(50), 8, seed=1, device=device)
+    assert plain.images.device.type == "cuda" and ahead.images.is_pinned()
+    for number in (*range(14), 3):
+        for a, b in zip(ahead(number), plain(number)):
+            assert a.device.type == "cuda" and torch.equal(a, b)
+
+
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(UserError, match="--batch-size 21"):
         Batches(torch.zeros(20, 1, 1, 1), torch.zeros(20), 21, 0, torch.device("cpu"))
