@@ -19,8 +19,8 @@ class Critic(nn.Module):
 
     def __init__(self, shape, seed=0):
         super().__init__()
-        g = torch.Generator().manual_seed(seed)
-        self.w, self.u = (nn.Parameter(torch.randn(shape, generator=g, dtype=torch.float64)) for _ in range(2))
+        w, u = torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.w, self.u = nn.Parameter(w), nn.Parameter(u)
 
     def forward(self, x):
         self.seen = x.detach()
