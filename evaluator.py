@@ -189,18 +189,25 @@ def count_digits(counts: torch.Tensor) -> dict[str, float]:
 
 # ---------------------------------------------------------------------- attributes' scores
 
-def count_attributes(seen: torch.Tensor, labels: torch.Tensor, groups: tuple[tuple[int, ...], ...]) -> dict:
-    """How far probabilities [N, A] agree with labels [N, A] of 0 and 1.
-
-    Of each group, columns of which exactly one is 1, the likeliest column must be the right one; without
-    groups each attribute stands alone, there from 0.5 on. Returns "accuracy" (mean over the groups or
-    attributes), "exact" (share of images with all of them right) and "by attribute" (accuracy of each).
+def decide(probabilities: torch.Tensor, groups: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """Probabilities [N, A] as attributes [N, A] of 0 and 1: of each group, columns of which exactly one is 1,
+    the likeliest; without groups each for itself, from 0.5 on.
     """
-    if groups:
-        pairs = [(seen[:, columns].argmax(1), labels[:, columns].argmax(1)) for columns in map(list, groups)]
-        right = torch.stack([a == b for a, b in pairs], 1)
-    else:
-        right = (seen >= 0.5) == (labels == 1)
+    if not groups:
+        return (probabilities >= 0.5).long()
+    likeliest = [F.one_hot(probabilities[:, list(columns)].argmax(1), len(columns)) for columns in groups]
+    return torch.cat(likeliest, 1)
+
+
+def count_attributes(probabilities: torch.Tensor, labels: torch.Tensor,
+                     groups: tuple[tuple[int, ...], ...]) -> dict:
+    """How far what a judge sees agrees with labels [N, A].
+
+    Returns "accuracy" (mean over the groups or, without, the attributes), "exact" (share of images with all
+    of them right) and "by attribute" (accuracy of each, or of each group).
+    """
+    agree = decide(probabilities, groups) == labels
+    right = torch.stack([agree[:, list(c)].all(1) for c in groups], 1) if groups else agree
     right = right.double()
     exact = right.prod(1).mean().item()
     return {"accuracy": right.mean().item(), "exact": exact, "by attribute": right.mean(0)}
@@ -226,6 +233,15 @@ def score_faces(sample: Callable[[int, torch.Generator], tuple[torch.Tensor, tor
         runs.append({"FD (judge)": distance(real, moments)}
                     | count_attributes(seen, torch.cat(labels), groups))
     return {key: _mean_std([run[key] for run in runs]) for key in runs[0]}
+
+
+@torch.no_grad()
+def score_distance(sample: Sampler, judge: Judge, real: Moments, n: int, draws: int,
+                   seed: int) -> tuple[float, float]:
+    """FD (judge) of n generated images to real ones: mean and std over draws of z."""
+    g = torch.Generator().manual_seed(seed)
+    return _mean_std([distance(real, look(judge, (sample(min(250, n - i), g) for i in range(0, n, 250)))[1])
+                      for _ in range(draws)])
 
 
 def attribute_names(data: Faces) -> list[str]:

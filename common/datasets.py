@@ -324,6 +324,8 @@ def _drawn_faces(image_size: int, n: int) -> dict:
 def _split_faces(title: str, images: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...],
                  digest: str) -> Faces:
     """A fixed tenth of the faces is held out."""
+    if len(images) < 20:
+        raise UserError(f"{title}: {len(images)} images are too few; of at least 20 a tenth is held out")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     train, test = order[len(order) // 10:].sort().values, order[:len(order) // 10].sort().values
     return Faces(title, images[train], labels[train], images[test], labels[test], classes,
@@ -349,8 +351,8 @@ def _read_attributes(table: Path) -> tuple[list[str], dict[str, list[int]]]:
     lines = table.read_text().splitlines()
     while lines and not lines[-1].strip():
         lines.pop()
-    if len(lines) < 3 or not lines[0].strip().isdigit():
-        raise UserError(f"{table}: should begin with the number of rows and a line of names")
+    if len(lines) < 3 or not lines[0].strip().isdigit() or not lines[1].strip():
+        raise UserError(f"{table}: should begin with the number of rows and a line of attributes' names")
     known, rows, values = lines[1].split(), {}, {"0": 0, "1": 1, "-1": 0}
     if int(lines[0]) != len(lines) - 2:
         raise UserError(f"{table}: its first line announces {int(lines[0])} rows, {len(lines) - 2} follow: "

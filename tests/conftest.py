@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1: beside other jobs
 
 # a run of seconds: drawn data, narrow networks, a judge that has hardly learnt
 TINY = [
