@@ -8,7 +8,7 @@ from torch import nn
 
 import evaluator
 from common import fid, worlds
-from common.datasets import Digits, load_iclevr
+from common.datasets import Digits, Faces, load_faces, load_iclevr
 from common.run import NotFinite, UserError
 
 CPU = torch.device("cpu")
@@ -266,3 +266,87 @@ def test_the_narrow_judge_has_the_same_layers():
     course = torchvision.models.resnet18()
     assert [k for k in course.state_dict() if not k.startswith("fc")] == \
         [k for k in wide.state_dict() if not k.startswith("fc")]
+
+
+# ------------------------------------------------------------------------------------------------- faces
+
+def test_attributes_are_counted_by_hand():
+    groups = ((0, 1, 2), (3, 4))
+    seen = torch.tensor([[.2, .1, .3, .4, .6],  # third, second
+                         [.9, .8, .7, .1, .0],  # first, first: more than one above a half
+                         [.1, .2, .1, .3, .2]])
+    labels = torch.tensor([[0, 0, 1, 0, 1], [0, 1, 0, 1, 0], [0, 1, 0, 1, 0]])
+    assert evaluator.decide(seen, groups).tolist() == [[0, 0, 1, 0, 1], [1, 0, 0, 1, 0], [0, 1, 0, 1, 0]]
+    found = evaluator.count_attributes(seen, labels, groups)
+    assert found["accuracy"] == pytest.approx(5 / 6) and found["exact"] == pytest.approx(2 / 3)
+    assert found["by attribute"].tolist() == pytest.approx([2 / 3, 1])
+    assert evaluator.decide(seen, ()).tolist() == [[0, 0, 0, 0, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
+    found = evaluator.count_attributes(seen, labels, ())
+    right = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 0, 0, 1], [1, 0, 1, 0, 1]])
+    assert found["accuracy"] == pytest.approx(right.double().mean().item()) and found["exact"] == 0
+    assert found["by attribute"].tolist() == pytest.approx(right.double().mean(0).tolist())
+
+
+class Pixels(nn.Module):
+    """Sees the first pixel's three channels as three attributes; its features are two of the next pixel's."""
+    size = 8
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Identity()
+
+    def forward(self, x):
+        self.fc(x[:, :2, 0, 1].double())
+        return x[:, :, 0, 0] / 2 + 0.5
+
+
+def test_faces_are_scored_with_the_labels_that_they_were_asked_for():
+    judge, asked, made = evaluator.Judge(Pixels(), "", None), [], []
+
+    def sample(n, g):
+        x, y = torch.rand(n, 3, 8, 8, generator=g) * 2 - 1, torch.randint(2, (n, 3), generator=g)
+        x[:, :, 0, 0] = torch.where(torch.rand(n, 3, generator=g) < 0.8, y * 2.0 - 1, 1.0 - y * 2)
+        made.append(x), asked.append(y)
+        return x, y
+
+    real = torch.randint(0, 256, (300, 3, 8, 8), generator=torch.Generator().manual_seed(5)).byte()
+    moments = evaluator.real_moments(judge, real, CPU)
+    state = torch.get_rng_state()
+    result = evaluator.score_faces(sample, judge, moments, (), 600, 2, 3)
+    assert torch.equal(torch.get_rng_state(), state) and [len(x) for x in made] == [250, 250, 100] * 2
+    values = []
+    for draw in range(2):
+        x, y = torch.cat(made[3 * draw:3 * draw + 3]), torch.cat(asked[3 * draw:3 * draw + 3])
+        right = ((x[:, :, 0, 0] > 0).long() == y).double()
+        ours = fid.Moments()
+        ours.update(x[:, :2, 0, 1].double())
+        values.append((evaluator.distance(moments, ours), right.mean().item(), right.prod(1).mean().item()))
+    for name, column in zip(("FD (judge)", "accuracy", "exact"), np.array(values).T):
+        assert result[name] == pytest.approx((column.mean(), column.std(ddof=1)), rel=1e-4), name
+    assert 0.75 < result["accuracy"][0] < 0.85 and result["accuracy"][1] > 0
+    assert len(result["by attribute"][0]) == 3
+    made.clear()
+    alone = evaluator.score_distance(lambda n, g: sample(n, g)[0], judge, moments, 600, 2, 3)
+    assert alone == pytest.approx(result["FD (judge)"])
+
+
+def test_a_judge_of_faces_learns_their_attributes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = load_faces("drawn", 32, "blonde hair,black hair,with glasses", n_drawn=400)
+    judge = evaluator.get_judge("auto", data, 8, 80, CPU)
+    chance = torch.maximum(data.test_labels.double().mean(0), 1 - data.test_labels.double().mean(0)).mean()
+    assert judge.held_out["accuracy"] > chance + 0.05 and judge.held_out["exact"] < judge.held_out["accuracy"]
+    found = evaluator.count_attributes(judge(data.test_images / 127.5 - 1), data.test_labels, ())
+    assert found["accuracy"] == pytest.approx(judge.held_out["accuracy"])
+    monkeypatch.setattr(evaluator, "train_judge", None)  # it is kept
+    assert evaluator.get_judge("auto", data, 8, 80, CPU).held_out == judge.held_out
+    with pytest.raises(UserError, match="tells 3 classes apart"):
+        evaluator.get_judge(str(next((tmp_path / "data" / "judges").iterdir())),
+                            load_faces("drawn", 32, "blonde hair", n_drawn=400), 8, 80, CPU)
+
+
+def test_names_of_attributes_and_groups():
+    data = Faces("", *[torch.zeros(1)] * 4, ("a", "b", "c", "d"), ((0, 1, 2), (3,)), "")
+    assert evaluator.attribute_names(data) == ["a … c", "d … d"]
+    data.groups = ()
+    assert evaluator.attribute_names(data) == ["a", "b", "c", "d"]

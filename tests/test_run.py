@@ -247,8 +247,23 @@ def test_a_sweep_is_every_combination_in_a_folder_of_its_own():
         Small(iters=2, lr=9.0, out="runs/test_run-sweep/iters=2")
 
 
+def test_a_sweep_of_variants_is_named_by_them():
+    variants = {"plain": {}, "low": dict(lr=0.01, trick=False)}
+
+    def configs(*argv):
+        return run.parse(Small, {}, "text", ["--sweep", *argv], variants)[1]
+    assert [(c.lr, c.trick, c.out) for c in configs("variants", "--out", "x")] == \
+        [(Small.lr, Small.trick, "x/plain"), (0.01, False, "x/low")]
+    assert [(c.loss, c.out) for c in configs("variants", "loss=a,b", "--lr", "3", "--out", "x")][2:] == \
+        [("a", "x/low,loss=a"), ("b", "x/low,loss=b")]
+    for argv in (["variants", "lr=1"], ["lr=1", "variants"], ["variants", "variants"]):
+        with pytest.raises(run.UserError, match="give each field.* or the word variants"):
+            configs(*argv)
+
+
 @pytest.mark.parametrize("argv, message", [
-    (["lr"], "give each field"), (["rate=1"], "give each field"), (["out=a,b"], "give each field"),
+    (["variants"], "give each field"), (["lr"], "give each field"), (["rate=1"], "give each field"),
+    (["out=a,b"], "give each field"),
     (["lr=1", "lr=2"], "give each field"), (["lr=1,x"], "invalid float value"),
     (["loss=c"], "invalid choice"), (["trick=maybe"], "ignored explicit argument"),
     (["iters=2,0"], "--iters 0: must be at least 1"),
