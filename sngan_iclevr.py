@@ -214,7 +214,7 @@ def train(cfg: Config, resume: Path | None = None) -> int:
     # ---- what is written along the way
     shown = data.tests["test"].to(device)
     fixed = torch.randn(len(shown), cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
-    scored = {"val": choice_sets(data), **data.tests}  # best.pt is chosen on "val": training label sets
+    scored = {"val": data.choice_sets(), **data.tests}  # best.pt is chosen on "val": training label sets
 
     def save(name: str, step: int) -> None:
         run.save_checkpoint(folder.folder / name, dict(
@@ -274,17 +274,6 @@ def train(cfg: Config, resume: Path | None = None) -> int:
 
 def title(cfg: Config, data: LabelledScenes) -> str:
     return f"sngan_iclevr on {data.name}, ch {cfg.ch}, seed {cfg.seed}"
-
-
-def choice_sets(data: LabelledScenes, n: int = 96) -> torch.Tensor:
-    """n label sets [n, 3] of training images, a third each of one, two and three objects.
-
-    best.pt is chosen by them: choosing it by the test lists would tune to those.
-    """
-    g = torch.Generator().manual_seed(0)
-    count = (data.labels < len(data.classes)).sum(1)
-    return torch.cat([s[torch.randperm(len(s), generator=g)[: n // 3]] for s in
-                      (data.labels[count == k].unique(dim=0) for k in (1, 2, 3))])
 
 
 # ---------------------------------------------------------------------- pictures and scores

@@ -39,6 +39,16 @@ class LabelledScenes:
         order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0))
         return torch.isin(self.scene, scenes[order[: max(1, round(share * len(scenes)))]])
 
+    def choice_sets(self, n: int = 96) -> torch.Tensor:
+        """n label sets [n, 3] of training images, a third each of one, two and three objects.
+
+        best.pt is chosen by them: choosing it by the test lists would tune to those.
+        """
+        g = torch.Generator().manual_seed(0)
+        count = (self.labels < len(self.classes)).sum(1)
+        return torch.cat([s[torch.randperm(len(s), generator=g)[: n // 3]] for s in
+                          (self.labels[count == k].unique(dim=0) for k in (1, 2, 3))])
+
 
 def load_iclevr(source: str, image_size: int = 64, n_scenes: int = 6003) -> LabelledScenes:
     """i-CLEVR from the folder `source`, or n_scenes drawn scenes where it is "drawn".
