@@ -1,16 +1,17 @@
-"""Keep a finished run's figures under results/, and build the README's table from all that is kept.
+"""Keep a finished run's figures under results/, and build the README's tables from all that is kept.
 
-    python results/record.py runs/NAME KEPT_AS [--note TEXT]   # results/KEPT_AS.json and .png, then the table
-    python results/record.py                                   # the table alone
+    python results/record.py runs/NAME KEPT_AS [--note TEXT]   # as results/KEPT_AS.json and .png
+    python results/record.py                                   # only build the tables
 
 The grid kept is the first that is there of test.png and samples.png; --grids names others to keep beside it.
+A folder that --sweep filled is kept as one, with a table and a picture of its own: a strip from each run.
 """
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 RESULTS = Path(__file__).resolve().parent
 README = RESULTS.parent / "README.md"
@@ -19,21 +20,75 @@ from common.run import seconds_per_iteration  # noqa: E402
 START, END = "<!-- results: built by results/record.py -->", "<!-- end of results -->"
 
 
-def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
-    """results/NAME.json from the run's config, scores and metrics; its grid as NAME.png, others beside."""
+def figures(folder: Path) -> dict:
+    """What is kept of a run: config, scores, seconds."""
     config = json.loads((folder / "config.json").read_text())
     scores = json.loads((folder / "scores.json").read_text())
     last_row = (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
     pace = seconds_per_iteration(folder / "metrics.csv")
-    kept = {"script": config["script"], "command": config["sittings"][0]["command"], "note": note,
+    return {"script": config["script"], "command": config["sittings"][0]["command"],
             "seconds": round(float(last_row[1])), "iterations": int(last_row[0]),
-            "seconds_per_1000_iterations": round(1000 * pace, 1), "grids": grids, "scores": scores,
+            "seconds_per_1000_iterations": round(1000 * pace, 1), "scores": scores,
             "sittings": config["sittings"], "config": config["config"]}
+
+
+def grid_of(folder: Path) -> Image.Image:
+    return Image.open(next(p for p in (folder / "test.png", folder / "samples.png") if p.is_file()))
+
+
+def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
+    """results/NAME.json from the run's config, scores and metrics; its grid as NAME.png, others beside."""
+    if (folder / "sweep.csv").is_file():
+        runs = sorted((p.parent for p in folder.glob("*/scores.json")), key=lambda p: p.stat().st_ctime)
+        kept = {"note": note, "grids": grids, "runs": {run.name: figures(run) for run in runs}}
+        strips(runs).save(RESULTS / f"{name}.png", optimize=True)
+    else:
+        kept = {"note": note, "grids": grids} | figures(folder)
+        grid_of(folder).save(RESULTS / f"{name}.png", optimize=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    first = next(p for p in (folder / "test.png", folder / "samples.png") if p.is_file())
-    Image.open(first).save(RESULTS / f"{name}.png", optimize=True)
     for grid in grids:
         Image.open(folder / f"{grid}.png").save(RESULTS / f"{name}_{grid}.png", optimize=True)
+
+
+def strips(runs: list[Path]) -> Image.Image:
+    """The last eight samples of each run, a row each: of one seed, they have the same z and labels."""
+    grids = [grid_of(run).convert("RGB") for run in runs]
+    tile = (grids[0].width - 2) // 8 + 2
+    canvas = Image.new("RGB", (grids[0].width, len(grids) * (tile + 16)), "white")
+    for i, (run, grid) in enumerate(zip(runs, grids)):
+        y = i * (tile + 16)
+        ImageDraw.Draw(canvas).text((3, y + 1), run.name, fill="black", font=ImageFont.load_default(size=11))
+        canvas.paste(grid.crop((0, grid.height - tile, grid.width, grid.height)), (0, y + 15))
+    return canvas
+
+
+def tables() -> str:
+    """All that stands between START and END in the README."""
+    parts = ["\n".join(rows())]
+    for path in sorted(RESULTS.glob("*.json")):
+        kept = json.loads(path.read_text())
+        if "runs" in kept:
+            parts.append(sweep_table(path, kept))
+    return "\n\n".join(parts)
+
+
+def sweep_table(path: Path, kept: dict) -> str:
+    """What a sweep was, and a line of Markdown for each of its runs."""
+    first = next(iter(kept["runs"].values()))
+    pictures = {"a strip of each": f"{path.stem}.png"} | {g: f"{path.stem}_{g}.png" for g in kept["grids"]}
+    pictures["all figures"] = path.name
+    links = ", ".join(f"[{text}](results/{file})" for text, file in pictures.items())
+    scores = first["scores"]
+    note = f"; {kept['note']}" if kept["note"] else ""
+    columns = scores["summary"]
+    lines = [f"`python {first['command']}` on {scores['data']}, {scores['draws']} draws; judge: "
+             f"{scores['judge']}; {first['sittings'][0]['hardware']}{note} ({links}):", "",
+             f"| run | {' | '.join(columns)} | iteration | seconds |", "| --- " * (3 + len(columns)) + "|"]
+    for name, run in kept["runs"].items():
+        values = [f"{mean:.4g} ± {std:.2g}" for mean, std in run["scores"]["summary"].values()]
+        at = run["scores"].get("best", run["scores"].get("last"))["step"]
+        lines.append(f"| {name} | {' | '.join(values)} | {at:,} | {run['seconds']:,} |")
+    return "\n".join(lines)
 
 
 def rows() -> list[str]:
@@ -67,14 +122,16 @@ def main() -> int:
     parser.add_argument("--note", default="", help="a remark for the table")
     parser.add_argument("--grids", nargs="*", default=[], help="pictures to keep beside it: interpolation …")
     args = parser.parse_args()
-    if args.folder and not (args.name and (args.folder / "scores.json").is_file()):
-        print(f"error: {args.folder}: give a run with scores.json (see --eval) and a name", file=sys.stderr)
+    finished = args.folder and any((args.folder / f).is_file() for f in ("scores.json", "sweep.csv"))
+    if args.folder and not (args.name and finished):
+        print(f"error: {args.folder}: give a run with scores.json (see --eval), or a sweep, and a name",
+              file=sys.stderr)
         return 2
     if args.folder:
         record(args.folder, args.name, args.note, args.grids)
     text = README.read_text()
     before, rest = text.split(START)
-    README.write_text(before + START + "\n" + "\n".join(rows()) + "\n" + END + rest.split(END)[1])
+    README.write_text(before + START + "\n" + tables() + "\n" + END + rest.split(END)[1])
     return 0
 
 

@@ -124,7 +124,7 @@ def test_label_tricks_change_d_s_targets(workdir, finished, monkeypatch, tmp_pat
     def first(**fields):
         row = trained(workdir, monkeypatch, tmp_path, iters=1, **fields)[0][0]
         return float(row["d_loss"]), float(row["d_real"]), float(row["d_fake"])
-    # with flip_labels 1 all are swapped; BCE(s, 1) - BCE(s, 0) = -s, s the logit, is what swapping changes
+    # with flip_labels 1 all are swapped: BCE(s, 1) - BCE(s, 0) = -s is what that changes, s the logit
     plain, real, fake = first()
     swapped, *_ = first(flip_labels=1.0)
     logit = [math.log(p / (1 - p)) for p in (real, fake)]  # of the mean, near enough where D is hardly trained
