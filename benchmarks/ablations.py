@@ -1,0 +1,250 @@
+"""What each condition and trick of the i-CLEVR write-ups is worth: one thing changed at a time, three seeds.
+
+    python benchmarks/ablations.py             # narrow, 32×32, two hours on two cores; stop it, call it again
+    python benchmarks/ablations.py --full      # both scripts at full size, on a GPU
+    python benchmarks/ablations.py --table     # only table and picture, of the runs that are finished
+
+Each run is a call of sngan_iclevr.py or cdcgan_iclevr.py, and all of one size get about the same time: where
+a change makes an iteration dearer, there are fewer. Runs go seed by seed; one that was cut off is resumed.
+The figures are those of the last iteration, on both test lists, as means over seeds of means over draws of z.
+"""
+import argparse
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from scipy.stats import ttest_rel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluator  # noqa: E402
+from common import run  # noqa: E402
+from common.datasets import load_iclevr  # noqa: E402
+
+
+@dataclass
+class Row:
+    script: str
+    flags: dict[str, str | None]  # by size, beside those of SIZES; None: not run, or not a run of its own
+    beside: str  # the row it is compared with
+    written: str  # what the write-up says of it
+
+
+def both(flags: str) -> dict[str, str | None]:
+    return {"narrow": flags, "full": flags}
+
+
+SNGAN, DCGAN = "SNGAN, projection", "DCGAN, concat"
+ROWS = {
+    SNGAN: Row("sngan_iclevr", both(""), "", "0.79 and 0.82, at full size, by the course's judge"),
+    "linear joining": Row("sngan_iclevr", both("--label-embed linear"), SNGAN, "no significant difference"),
+    "no noise for D": Row("sngan_iclevr", both("--no-add-noise"), SNGAN, "noise is best"),
+    "flipped labels": Row("sngan_iclevr", both("--flip-labels 0.1"), SNGAN, "G collapsed to one object"),
+    "relativistic": Row("sngan_iclevr", both("--relativistic"), SNGAN, "worse"),
+    "decay": Row("sngan_iclevr", {"narrow": "--lr-decay-from 120", "full": "--lr-decay-from 4000"}, SNGAN,
+                 "tried, not kept"),
+    "1 D step": Row("sngan_iclevr", {"narrow": None, "full": "--n-dis 1 --iters 69000"}, SNGAN, "4 taken"),
+    "2 D steps": Row("sngan_iclevr", {"narrow": "--n-dis 2 --iters 630",
+                                      "full": "--n-dis 2 --iters 48000"}, SNGAN, "4 taken"),
+    "4 D steps": Row("sngan_iclevr", {"narrow": "--n-dis 4 --iters 390", "full": None}, SNGAN, "4 taken"),
+    "no EMA": Row("sngan_iclevr", both(None), SNGAN, "none taken"),  # G itself, of the first row's runs
+    DCGAN: Row("cdcgan_iclevr", both(""), SNGAN, "0.62, at full size, by the course's judge"),
+    "DCGAN, projection": Row("cdcgan_iclevr", both("--d-cond projection"), DCGAN, "not tried"),
+    "DCGAN, smooth labels": Row("cdcgan_iclevr", both("--smooth-labels"), DCGAN, "taken"),
+    "DCGAN, flipped labels": Row("cdcgan_iclevr", both("--flip-labels 0.1"), DCGAN, "taken"),
+}
+SIZES = {  # narrow: the quick presets, with a better judge, for as long as the two hours allow
+    "narrow": {"sngan_iclevr": "--quick --iters 900",
+               "cdcgan_iclevr": "--quick --iters 4200 --halve-every 0"},
+    "full": {"sngan_iclevr": "--label-embed sum", "cdcgan_iclevr": ""},
+}
+JUDGE = {"narrow": "--judge-width 24 --judge-steps 4000", "full": "--judge-width 64 --judge-steps 5000"}
+KEEP = {"narrow": "--save-every 50", "full": "--save-every 1000"}
+
+
+def name(row: str, seed: int) -> str:
+    return f"{row.replace(', ', '-').replace(' ', '_')}-{seed}"
+
+
+def train_all(args: argparse.Namespace, size: str) -> None:
+    """Make every run that is not finished, args.jobs at a time; on Ctrl-C they save, and this ends."""
+    image_size = "32" if size == "narrow" else "64"
+    # once, before several runs would train the same one
+    judge = f"scenes --data {args.data} --image-size {image_size} {JUDGE[size]} --device {args.device}"
+    subprocess.run([sys.executable, str(ROOT / "evaluator.py"), *judge.split()], check=True)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    stop, running = threading.Event(), set()
+
+    def one(row: str, seed: int) -> None:
+        folder, flags = args.out / name(row, seed), ROWS[row].flags[size]
+        if stop.is_set() or (folder / "scores.json").exists():
+            return
+        command = [sys.executable, str(ROOT / f"{ROWS[row].script}.py")]
+        if (folder / "config.json").exists():
+            command += ["--resume", str(folder)]
+        else:
+            command += f"{SIZES[size][ROWS[row].script]} {flags} {JUDGE[size]} {KEEP[size]} --eval-every 0 " \
+                       f"--sample-every 0 --log-every 50 --seed {seed}".split()
+            command += ["--data", args.data, "--device", args.device, "--out", str(folder)]
+        # in a session of its own: a Ctrl-C reaches it once, from here
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, start_new_session=True)
+        running.add(process)
+        said = process.communicate()[0]
+        running.remove(process)
+        status = "done" if not process.returncode else f"status {process.returncode}: {said.strip()[-300:]}"
+        print(f"{folder.name}: {status}", flush=True)
+
+    def end(*_) -> None:
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, end)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            jobs = [pool.submit(one, row, seed) for seed in range(args.seeds) for row in ROWS
+                    if ROWS[row].flags[size] is not None]
+            for job in jobs:
+                job.result()
+        except KeyboardInterrupt:
+            stop.set()
+            for process in list(running):
+                process.terminate()
+            print("stopped; call again to go on", flush=True)
+
+
+@torch.no_grad()
+def averaged_or_not(folder: Path, key: str) -> tuple[torch.nn.Module, object]:
+    """Of a run's last checkpoint its averaged G ("ema") or G itself ("G"), for evaluation; and its config."""
+    stored = json.loads((folder / "config.json").read_text())
+    script = importlib.import_module(stored["script"][:-3])
+    cfg, device = script.Config(**stored["config"]), torch.device("cpu")
+    data = load_iclevr(cfg.data, cfg.image_size, cfg.n_scenes)
+    G = script.build(cfg, len(data.classes), device)[2]
+    G.load_state_dict(run.load_checkpoint(folder / "last.pt", device)[key])
+    return G, cfg
+
+
+def scores(args: argparse.Namespace, row: str, seed: int, device: torch.device) -> dict[str, float] | None:
+    """{"test": accuracy, "new_test": accuracy} of a finished run; None where it is not finished."""
+    folder = args.out / name(row if row != "no EMA" else SNGAN, seed)
+    if not (folder / "scores.json").exists():
+        return None
+    kept = json.loads((folder / "scores.json").read_text())["last"]
+    if row == "no EMA":
+        path = folder / "scores_without_ema.json"
+        if not path.exists():
+            G, cfg = averaged_or_not(folder, "G")
+            data = load_iclevr(cfg.data, cfg.image_size, cfg.n_scenes)
+            judge = evaluator.get_judge(cfg.judge, data, cfg.judge_width, cfg.judge_steps, device)
+            found = evaluator.score_sets(G.to(device), cfg.z_dim, judge, data.tests, cfg.eval_draws,
+                                         cfg.seed + 1, device)
+            run.write_whole(path, lambda p: p.write_text(json.dumps(found)))
+        kept = json.loads(path.read_text())
+    return {test: kept[test]["accuracy"][0] for test in ("test", "new_test")}
+
+
+def table(args: argparse.Namespace, size: str) -> dict[str, dict]:
+    """{row: its scores by seed, their mean and standard deviation, and how it compares}."""
+    device, found = run.pick_device(args.device), {}
+    for row, what in ROWS.items():
+        by_seed = {seed: scores(args, row, seed, device) for seed in range(args.seeds)}
+        by_seed = {seed: s for seed, s in by_seed.items() if s}
+        if not by_seed:
+            continue
+        found[row] = {"seeds": by_seed, "written": what.written}
+        for test in ("test", "new_test"):
+            values = [s[test] for s in by_seed.values()]
+            found[row][test] = [mean(values), stdev(values) if len(values) > 1 else 0.0]
+        other = found.get(what.beside)
+        common = [seed for seed in by_seed if other and seed in other["seeds"]]
+        if common:
+            found[row]["beside"] = what.beside
+            ours, theirs = ([mean(r["seeds"][s].values()) for s in common] for r in (found[row], other))
+            found[row]["difference"] = mean(ours) - mean(theirs)
+            p = float(ttest_rel(ours, theirs).pvalue) if len(common) > 1 else math.nan
+            found[row]["p"] = None if math.isnan(p) else p
+    return found
+
+
+def verdict(result: dict) -> str:
+    """In words: by a paired t-test over the seeds, of the mean of both lists."""
+    if "difference" not in result:
+        return ""
+    if result["p"] is None or result["p"] >= 0.05:
+        return f"no clear difference ({result['difference']:+.3f})"
+    return f"{'better' if result['difference'] > 0 else 'worse'} ({result['difference']:+.3f})"
+
+
+def markdown(found: dict[str, dict]) -> str:
+    lines = ["| | test | new_test | seeds | here, beside … | write-up |", "| --- " * 6 + "|"]
+    for row, r in found.items():
+        cells = [f"{r[test][0]:.3f} ± {r[test][1]:.3f}" for test in ("test", "new_test")]
+        beside = f"{verdict(r)} beside {r['beside']}" if "beside" in r else ""
+        lines.append(f"| {row} | {' | '.join(cells)} | {len(r['seeds'])} | {beside} | {r['written']} |")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def draw(args: argparse.Namespace, found: dict[str, dict], path: Path) -> None:
+    """A strip for each row, of seed 0: the same twelve sets of test.json with the same noise within a script."""
+    strips, shown = [], []
+    for row in found:
+        if 0 not in found[row]["seeds"]:
+            continue
+        folder = args.out / name(row if row != "no EMA" else SNGAN, 0)
+        G, cfg = averaged_or_not(folder, "G" if row == "no EMA" else "ema")
+        data = load_iclevr(cfg.data, cfg.image_size, cfg.n_scenes)
+        z = torch.randn(12, 128, generator=torch.Generator().manual_seed(0))[:, :cfg.z_dim]
+        sets = data.tests["test"]
+        count = (sets < len(data.classes)).sum(1)
+        chosen = torch.cat([(count == k).nonzero()[:4, 0] for k in (1, 2, 3)])
+        strips.append(G(z, sets[chosen]))
+        shown.append(row)
+    run.save_grid(path, torch.cat(strips), f"seed 0; four sets each of one, two, three objects; rows: "
+                  f"{'; '.join(shown)}", nrow=12)
+
+
+def main() -> int:
+    parser = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="full width and length, for a GPU")
+    parser.add_argument("--table", action="store_true", help="make no runs")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds a row (default: 3)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--data", default="data/iclevr", help="i-CLEVR's folder, or drawn")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/ablations-SIZE)")
+    parser.add_argument("--keep", type=Path, help="where to: FILE.json and FILE.png (default: in --out)")
+    args = parser.parse_args()
+    size = "full" if args.full else "narrow"
+    args.out = args.out or Path("runs") / f"ablations-{size}"
+    if min(args.seeds, args.jobs) < 1:
+        raise run.UserError("--seeds and --jobs must be at least 1")
+    if not args.table:
+        train_all(args, size)
+    found = table(args, size)
+    if not found:
+        print(f"{args.out}: no run is finished yet")
+        return 0
+    first = json.loads(next(args.out.glob("*/scores.json")).read_text())
+    told = f"{first['data']}, {size}; judge: {first['judge']}; {first['draws']} draws of z a seed"
+    print(f"\n{told}\n\n{markdown(found)}")
+    keep = args.keep or args.out / "ablations"
+    stored = json.loads(next(args.out.glob("*/config.json")).read_text())["sittings"][0]
+    content = {"what": told, **{k: stored[k] for k in ("commit", "hardware", "torch")}, "rows": found}
+    run.write_whole(keep.with_suffix(".json"), lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+    draw(args, found, keep.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    run.entry(main)
