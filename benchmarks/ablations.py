@@ -196,7 +196,7 @@ def markdown(found: dict[str, dict]) -> str:
 
 @torch.no_grad()
 def draw(args: argparse.Namespace, found: dict[str, dict], path: Path) -> None:
-    """A strip for each row, of seed 0: the same twelve sets of test.json with the same noise within a script."""
+    """Of each row, seed 0: the same twelve sets of test.json, and within a script the same noise."""
     strips, shown = [], []
     for row in found:
         if 0 not in found[row]["seeds"]:

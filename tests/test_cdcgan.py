@@ -127,7 +127,7 @@ def test_label_tricks_change_d_s_targets(workdir, finished, monkeypatch, tmp_pat
     # with flip_labels 1 all are swapped: BCE(s, 1) - BCE(s, 0) = -s is what that changes, s the logit
     plain, real, fake = first()
     swapped, *_ = first(flip_labels=1.0)
-    logit = [math.log(p / (1 - p)) for p in (real, fake)]  # of the mean, near enough where D is hardly trained
+    logit = [math.log(p / (1 - p)) for p in (real, fake)]  # of the mean: near enough, D being untrained
     assert swapped - plain == pytest.approx(logit[0] - logit[1], abs=0.02) and swapped != plain
     assert min(plain, swapped) < first(flip_labels=0.5)[0] < max(plain, swapped)
     # BCE(s, t) = BCE(s, 0) - t·s: with targets of 0.1 for fakes on average d_loss is lower by about 0.1·s
