@@ -5,7 +5,7 @@ Auxiliary classifier: Odena et al. 2017; WGAN by clipping: Arjovsky et al. 2017;
 
     python acgan_celeba.py --quick                                   # minutes on two CPU cores
     python acgan_celeba.py --d-norm spectral --d-cond projection     # the write-up's best of its six, one GPU
-    python acgan_celeba.py --sweep variants                          # all six, one table
+    python acgan_celeba.py --sweep                                   # all six, one table
     python acgan_celeba.py --resume runs/acgan_celeba                # go on; or --sample, --eval a run
 """
 import copy
@@ -74,7 +74,7 @@ QUICK = dict(iters=1500, n_dis=1, ch=8, image_size=32, ema=0.99, n_drawn=4000, l
              eval_every=500, save_every=500, judge_width=16, judge_steps=1000, eval_images=1000,
              d_norm="spectral", d_cond="projection")
 
-# --sweep variants: the write-up's table; behind each its best FID there, of 5,000 images
+# what --sweep goes through: the write-up's table; behind each its best FID there, of 5,000 images
 VARIANTS = {
     "gp-bn-concat-maps": {},  # 89.276, the baseline
     "gp-sn-concat-maps": dict(d_norm="spectral"),  # 63.240

@@ -97,8 +97,8 @@ def parse(Config: type, quick: dict, description: str, argv: list[str] | None = 
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     group.add_argument("--sample", metavar="RUN", help="write pictures from the run in this folder")
     group.add_argument("--eval", metavar="RUN", help="score the run in this folder")
-    also = " (variants: " + ", ".join(variants) + ")" if variants else ""
-    group.add_argument("--sweep", metavar="FIELD=V1,V2", nargs="+", help="a run for each combination, in "
+    also = f"; alone, or the word variants: {', '.join(variants)}" if variants else ""
+    group.add_argument("--sweep", metavar="FIELD=V1,V2", nargs="*", help="a run for each combination, in "
                        f"folders below --out, and a table of their scores{also}")
     for field in dataclasses.fields(Config):
         flag, kind = "--" + field.name.replace("_", "-"), field.type
@@ -146,7 +146,7 @@ def _combinations(Config: type, parser: Parser, sweep: list[str], given: dict, v
     """
     kinds = {field.name: field.type for field in dataclasses.fields(Config)}
     ways, swept = [], {"out"}  # each way is {part of the folder's name: {field: value}}
-    for item in sweep:
+    for item in sweep or ["variants" if variants else ""]:
         name, _, values = item.partition("=")
         if item == "variants" and variants:
             ways.append(variants)

@@ -254,6 +254,7 @@ def test_a_sweep_of_variants_is_named_by_them():
         return run.parse(Small, {}, "text", ["--sweep", *argv], variants)[1]
     assert [(c.lr, c.trick, c.out) for c in configs("variants", "--out", "x")] == \
         [(Small.lr, Small.trick, "x/plain"), (0.01, False, "x/low")]
+    assert [c.out for c in configs("--out", "x")] == ["x/plain", "x/low"]  # --sweep alone
     assert [(c.loss, c.out) for c in configs("variants", "loss=a,b", "--lr", "3", "--out", "x")][2:] == \
         [("a", "x/low,loss=a"), ("b", "x/low,loss=b")]
     for argv in (["variants", "lr=1"], ["lr=1", "variants"], ["variants", "variants"]):
@@ -262,7 +263,8 @@ def test_a_sweep_of_variants_is_named_by_them():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["variants"], "give each field"), (["lr"], "give each field"), (["rate=1"], "give each field"),
+    ([], "give each field"), (["variants"], "give each field"), (["lr"], "give each field"),
+    (["rate=1"], "give each field"),
     (["out=a,b"], "give each field"),
     (["lr=1", "lr=2"], "give each field"), (["lr=1,x"], "invalid float value"),
     (["loss=c"], "invalid choice"), (["trick=maybe"], "ignored explicit argument"),
