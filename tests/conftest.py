@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1: beside other jobs
+# two cores: for the two workers of pytest-xdist one each; scripts that tests start inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # a run of seconds: drawn data, narrow networks, a judge that has hardly learnt
 TINY = [
@@ -59,7 +61,7 @@ def command(name: str, *args: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUNBUFFERED": "1"}
+    return os.environ | {"PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="session")
