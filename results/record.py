@@ -32,6 +32,13 @@ def figures(folder: Path) -> dict:
             "sittings": config["sittings"], "config": config["config"]}
 
 
+def keep(image: Image.Image, path: Path) -> None:
+    """As a PNG, of 256 colours where it would be more than 300 KB: pictures weigh on every clone."""
+    image.save(path, optimize=True)
+    if path.stat().st_size > 300_000:
+        image.convert("RGB").quantize(256).save(path, optimize=True)
+
+
 def grid_of(folder: Path) -> Image.Image:
     return Image.open(next(p for p in (folder / "test.png", folder / "samples.png") if p.is_file()))
 
@@ -41,13 +48,13 @@ def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
     if (folder / "sweep.csv").is_file():
         runs = sorted((p.parent for p in folder.glob("*/scores.json")), key=lambda p: p.stat().st_ctime)
         kept = {"note": note, "grids": grids, "runs": {run.name: figures(run) for run in runs}}
-        strips(runs).save(RESULTS / f"{name}.png", optimize=True)
+        keep(strips(runs), RESULTS / f"{name}.png")
     else:
         kept = {"note": note, "grids": grids} | figures(folder)
-        grid_of(folder).save(RESULTS / f"{name}.png", optimize=True)
+        keep(grid_of(folder), RESULTS / f"{name}.png")
     (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     for grid in grids:
-        Image.open(folder / f"{grid}.png").save(RESULTS / f"{name}_{grid}.png", optimize=True)
+        keep(Image.open(folder / f"{grid}.png"), RESULTS / f"{name}_{grid}.png")
 
 
 def strips(runs: list[Path]) -> Image.Image:
@@ -60,6 +67,10 @@ def strips(runs: list[Path]) -> Image.Image:
         ImageDraw.Draw(canvas).text((3, y + 1), run.name, fill="black", font=ImageFont.load_default(size=11))
         canvas.paste(grid.crop((0, grid.height - tile, grid.width, grid.height)), (0, y + 15))
     return canvas
+
+
+def said(mean: float, std: float) -> str:
+    return f"{mean:.4g}" + (f" ± {std:.2g}" if std else "")  # no draws, no spread
 
 
 def tables() -> str:
@@ -85,7 +96,7 @@ def sweep_table(path: Path, kept: dict) -> str:
              f"{scores['judge']}; {first['sittings'][0]['hardware']}{note} ({links}):", "",
              f"| run | {' | '.join(columns)} | iteration | seconds |", "| --- " * (3 + len(columns)) + "|"]
     for name, run in kept["runs"].items():
-        values = [f"{mean:.4g} ± {std:.2g}" for mean, std in run["scores"]["summary"].values()]
+        values = [said(*value) for value in run["scores"]["summary"].values()]
         at = run["scores"].get("best", run["scores"].get("last"))["step"]
         lines.append(f"| {name} | {' | '.join(values)} | {at:,} | {run['seconds']:,} |")
     return "\n".join(lines)
@@ -100,7 +111,7 @@ def rows() -> list[str]:
         if "scores" not in kept:
             continue
         scores = kept["scores"]
-        values = [f"{name} {mean:.4g} ± {std:.2g}" for name, (mean, std) in scores["summary"].items()]
+        values = [f"{name} {said(*value)}" for name, value in scores["summary"].items()]
         time = f"{kept['iterations']:,} in {kept['seconds'] / 60:.0f} min"
         if "seconds_per_1000_iterations" in kept:
             time += f" ({kept['seconds_per_1000_iterations']:.3g} s per 1,000)"
