@@ -70,9 +70,8 @@ class Config:
     div_p: float = 6.0  # WGAN-div: power of the gradient's norm
 
 
-QUICK = dict(iters=1500, n_dis=1, ch=8, image_size=32, ema=0.99, n_drawn=4000, log_every=50, sample_every=150,
-             eval_every=500, save_every=500, judge_width=16, judge_steps=1000, eval_images=1000,
-             d_norm="spectral", d_cond="projection")
+QUICK = dict(iters=1000, n_dis=1, ch=8, image_size=64, ema=0.99, n_drawn=4000, log_every=50, sample_every=100,
+             eval_every=250, save_every=250, judge_width=16, judge_steps=1000, eval_images=1000)
 
 # what --sweep goes through: the write-up's table; behind each its best FID there, of 5,000 images
 VARIANTS = {
