@@ -315,7 +315,7 @@ def _pick_attributes(attributes: str, known: list[str], where: str) -> list[int]
     names = attributes.split(",") if attributes else known
     unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) < len(names):
-        raise UserError(f"--attributes {attributes}: {unknown[0] if unknown else 'a name twice'}; "
+        raise UserError(f"--attributes {attributes}: {f'no {unknown[0]}' if unknown else 'a name twice'}; "
                         f"{where} has {', '.join(known)}")
     return [known.index(name) for name in names]
 
