@@ -461,7 +461,7 @@ def evaluate(cfg: Config, data: Faces, judge: evaluator.Judge, folder: Path, dev
     print(f"\n{folder}: {cfg.eval_images} generated images against {len(data.test_images)} held-out images "
           f"of {data.name}, {cfg.eval_draws} draws; judge: {judge.title}")
     evaluator.print_table(rows, columns)
-    print("\naccuracy of each attribute")
+    print(f"\naccuracy of each attribute: {', '.join(rows)}")
     for k, attribute in enumerate(scores["attributes"]):
         shares = "".join(f"{result['by attribute'][0][k]:10.4f}" for result in rows.values())
         print(f"{attribute:<36}{shares}")
