@@ -7,6 +7,11 @@ Auxiliary classifier: Odena et al. 2017; WGAN by clipping: Arjovsky et al. 2017;
     python acgan_celeba.py --d-norm spectral --d-cond projection     # the write-up's best of its six, one GPU
     python acgan_celeba.py --sweep                                   # all six, one table
     python acgan_celeba.py --resume runs/acgan_celeba                # go on; or --sample, --eval a run
+
+Measured so far on a CPU (AMD EPYC; see results/), 64×64, --ch 8, 2,000 iterations with one D step each, about
+13 minutes of one core: FD (judge) 62 on drawn faces and 4.1 on CelebA for the baseline, 38 and 2.7 with
+--g-cond input, 112 and 12 for the write-up's best; training images have 5.9 and 1.1. The full size has not
+been run yet.
 """
 import copy
 import json

@@ -5,6 +5,10 @@ Kingma & Welling 2014. It learns without labels; they are used afterwards, to fi
     python vae_celeba.py --quick                        # minutes on two CPU cores
     python vae_celeba.py --iters 60000                  # the full job, one GPU
     python vae_celeba.py --resume runs/vae_celeba       # go on; --sample and --eval take a run too
+
+Measured so far on a CPU (AMD EPYC; see results/), CelebA at 64×64, --ch 8, 3,000 iterations, 13 minutes of
+one core: mean squared error 0.035 on held-out faces, FD (judge) 61 of samples and 20 of reconstructions. The
+full size has not been run yet.
 """
 import json
 from dataclasses import dataclass
