@@ -3,6 +3,9 @@ directory."""
 import csv
 import json
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: two workers on two cores, a thread each,
+    os.environ["OMP_NUM_THREADS"] = "1"  # as in the scripts that they start
 import subprocess
 import sys
 import time
@@ -16,9 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# two cores: for the two workers of pytest-xdist one each; scripts that tests start inherit it
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # a run of seconds: drawn data, narrow networks, a judge that has hardly learnt
 TINY = [

@@ -1,9 +1,11 @@
 """The table of results is what the kept figures say."""
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,10 +38,30 @@ def test_a_run_is_kept_with_all_that_its_figures_depend_on(record, tiny_run, tmp
     mean, std = kept["scores"]["best"]["test"]["accuracy"]
     for part in (
         "drawn scenes",
-        f"accuracy test {mean:.4g} ± {std:.2g}",
+        f"accuracy test {record.said(mean, std)}",
         "held-out accuracy",
         "a remark",
         "results/tiny.png",
         "[interpolation](results/tiny_interpolation.png)",
     ):
         assert part in row
+
+
+def test_a_sweep_is_kept_as_one(record, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    for name in ("one", "two"):
+        shutil.copytree(tiny_run, tmp_path / "sweep" / name)
+    (tmp_path / "sweep" / "sweep.csv").touch()
+    record.record(tmp_path / "sweep", "both", "a remark", [])
+    kept = json.loads((tmp_path / "results" / "both.json").read_text())
+    assert sorted(kept["runs"]) == ["one", "two"] and kept["runs"]["one"]["iterations"] == 9
+    with Image.open(tmp_path / "results" / "both.png") as strips, Image.open(tiny_run / "test.png") as grid:
+        assert strips.size == (grid.width, 2 * (66 + 18))
+        last = grid.convert("RGB").crop((0, grid.height - 68, grid.width, grid.height))
+        assert strips.crop((0, 15, grid.width, 15 + 68)).tobytes() == last.tobytes()
+    assert len(record.rows()) == 2  # no row of its own, but a table
+    table = record.tables()
+    for part in ("a remark", "results/both.png", "| one | ", "| two | ", "| accuracy test | accuracy new_test"):
+        assert part in table
+    assert record.said(0.25, 0.0) == "0.25" and record.said(0.25, 0.01) == "0.25 ± 0.01"
