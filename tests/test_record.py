@@ -62,6 +62,6 @@ def test_a_sweep_is_kept_as_one(record, tiny_run, tmp_path, monkeypatch):
         assert strips.crop((0, 15, grid.width, 15 + 68)).tobytes() == last.tobytes()
     assert len(record.rows()) == 2  # no row of its own, but a table
     table = record.tables()
-    for part in ("a remark", "results/both.png", "| one | ", "| two | ", "| accuracy test | accuracy new_test"):
+    for part in ("a remark", "results/both.png", "| one | ", "| two | ", "| accuracy test | accuracy new_"):
         assert part in table
     assert record.said(0.25, 0.0) == "0.25" and record.said(0.25, 0.01) == "0.25 ± 0.01"
