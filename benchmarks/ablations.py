@@ -51,12 +51,12 @@ ROWS = {
     "no noise for D": Row("sngan_iclevr", both("--no-add-noise"), SNGAN, "noise is best"),
     "flipped labels": Row("sngan_iclevr", both("--flip-labels 0.1"), SNGAN, "G collapsed to one object"),
     "relativistic": Row("sngan_iclevr", both("--relativistic"), SNGAN, "worse"),
-    "decay": Row("sngan_iclevr", {"narrow": "--lr-decay-from 120", "full": "--lr-decay-from 4000"}, SNGAN,
+    "decay": Row("sngan_iclevr", {"narrow": "--lr-decay-from 290", "full": "--lr-decay-from 4000"}, SNGAN,
                  "tried, not kept"),
     "1 D step": Row("sngan_iclevr", {"narrow": None, "full": "--n-dis 1 --iters 69000"}, SNGAN, "4 taken"),
-    "2 D steps": Row("sngan_iclevr", {"narrow": "--n-dis 2 --iters 630",
+    "2 D steps": Row("sngan_iclevr", {"narrow": "--n-dis 2 --iters 1540",
                                       "full": "--n-dis 2 --iters 48000"}, SNGAN, "4 taken"),
-    "4 D steps": Row("sngan_iclevr", {"narrow": "--n-dis 4 --iters 390", "full": None}, SNGAN, "4 taken"),
+    "4 D steps": Row("sngan_iclevr", {"narrow": "--n-dis 4 --iters 950", "full": None}, SNGAN, "4 taken"),
     "no EMA": Row("sngan_iclevr", both(None), SNGAN, "none taken"),  # G itself, of the first row's runs
     DCGAN: Row("cdcgan_iclevr", both(""), SNGAN, "0.62, at full size, by the course's judge"),
     "DCGAN, projection": Row("cdcgan_iclevr", both("--d-cond projection"), DCGAN, "not tried"),
@@ -64,7 +64,7 @@ ROWS = {
     "DCGAN, flipped labels": Row("cdcgan_iclevr", both("--flip-labels 0.1"), DCGAN, "taken"),
 }
 SIZES = {  # narrow: the quick presets, with a better judge, for as long as the two hours allow
-    "narrow": {"sngan_iclevr": "--quick --iters 900",
+    "narrow": {"sngan_iclevr": "--quick --batch-size 16 --iters 2200",
                "cdcgan_iclevr": "--quick --iters 4200 --halve-every 0"},
     "full": {"sngan_iclevr": "--label-embed sum", "cdcgan_iclevr": ""},
 }
