@@ -11,7 +11,6 @@ The figures are those of the last iteration, on both test lists, as means over s
 import argparse
 import importlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from scipy.stats import ttest_rel
+from scipy.stats import dunnett
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -61,7 +60,7 @@ ROWS = {
     DCGAN: Row("cdcgan_iclevr", both(""), SNGAN, "0.62, at full size, by the course's judge"),
     "DCGAN, projection": Row("cdcgan_iclevr", both("--d-cond projection"), DCGAN, "not tried"),
     "DCGAN, smooth labels": Row("cdcgan_iclevr", both("--smooth-labels"), DCGAN, "taken"),
-    "DCGAN, flipped labels": Row("cdcgan_iclevr", both("--flip-labels 0.1"), DCGAN, "taken"),
+    "DCGAN, flipped labels": Row("cdcgan_iclevr", both("--flip-labels 0.1"), DCGAN, "not told"),
 }
 SIZES = {  # narrow: the quick presets, with a better judge, for as long as the two hours allow
     "narrow": {"sngan_iclevr": "--quick --batch-size 16 --iters 2200",
@@ -165,32 +164,46 @@ def table(args: argparse.Namespace, size: str) -> dict[str, dict]:
         for test in ("test", "new_test"):
             values = [s[test] for s in by_seed.values()]
             found[row][test] = [mean(values), stdev(values) if len(values) > 1 else 0.0]
-        other = found.get(what.beside)
-        common = [seed for seed in by_seed if other and seed in other["seeds"]]
-        if common:
-            found[row]["beside"] = what.beside
-            ours, theirs = ([mean(r["seeds"][s].values()) for s in common] for r in (found[row], other))
-            found[row]["difference"] = mean(ours) - mean(theirs)
-            p = float(ttest_rel(ours, theirs).pvalue) if len(common) > 1 else math.nan
-            found[row]["p"] = None if math.isnan(p) else p
+    compare(found)
     return found
 
 
+def compare(found: dict[str, dict]) -> None:
+    """Tell each row how far its accuracy, the mean of both lists, is from that of the row it is beside.
+
+    The 95 % intervals are Dunnett's (1955): the spread over seeds is that of all rows together, since three
+    seeds alone hardly tell it, and they hold for all the rows beside the same one at once.
+    """
+    for control in dict.fromkeys(ROWS[row].beside for row in found):
+        rows = [row for row in found if ROWS[row].beside == control]
+        if control not in found:
+            continue
+        values = {row: [mean(s.values()) for s in found[row]["seeds"].values()] for row in [control, *rows]}
+        for row in rows:
+            found[row] |= {"beside": control, "difference": mean(values[row]) - mean(values[control])}
+        if sum(map(len, values.values())) > len(values):  # else nothing tells the spread
+            test = dunnett(*(values[row] for row in rows), control=values[control], random_state=0)
+            interval = test.confidence_interval(0.95)
+            for i, row in enumerate(rows):
+                found[row] |= {"p": float(test.pvalue[i]),
+                               "interval": [float(interval.low[i]), float(interval.high[i])]}
+
+
 def verdict(result: dict) -> str:
-    """In words: by a paired t-test over the seeds, of the mean of both lists."""
-    if "difference" not in result:
-        return ""
-    if result["p"] is None or result["p"] >= 0.05:
-        return f"no clear difference ({result['difference']:+.3f})"
-    return f"{'better' if result['difference'] > 0 else 'worse'} ({result['difference']:+.3f})"
+    """In words: better or worse where the interval of the difference leaves zero out."""
+    if "interval" not in result:
+        return f"{result['difference']:+.3f}, of single seeds"
+    low, high = result["interval"]
+    word = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
+    return f"{word}: {result['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def markdown(found: dict[str, dict]) -> str:
-    lines = ["| | test | new_test | seeds | here, beside … | write-up |", "| --- " * 6 + "|"]
+    lines = ["| | test | new_test | seeds | beside | here | write-up |", "| --- " * 7 + "|"]
     for row, r in found.items():
         cells = [f"{r[test][0]:.3f} ± {r[test][1]:.3f}" for test in ("test", "new_test")]
-        beside = f"{verdict(r)} beside {r['beside']}" if "beside" in r else ""
-        lines.append(f"| {row} | {' | '.join(cells)} | {len(r['seeds'])} | {beside} | {r['written']} |")
+        here = f"{r['beside']} | {verdict(r)}" if "beside" in r else " | "
+        lines.append(f"| {row} | {' | '.join(cells)} | {len(r['seeds'])} | {here} | {r['written']} |")
     return "\n".join(lines)
 
 

@@ -3,9 +3,10 @@ import importlib
 import importlib.util
 import json
 from argparse import Namespace
+from statistics import mean, pvariance
 
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import t
 
 from common import run
 from tests.conftest import ROOT
@@ -38,7 +39,7 @@ def test_each_row_changes_one_thing(ablations, size):
 
 
 def test_the_table_is_means_over_seeds_and_compares_like_with_like(ablations, tmp_path):
-    figures = {ablations.SNGAN: [(0.30, 0.40), (0.31, 0.39), (0.28, 0.42)],
+    figures = {ablations.SNGAN: [(0.30, 0.40), (0.31, 0.39), (0.28, 0.44)],
                "relativistic": [(0.20, 0.31), (0.21, 0.30), (0.19, 0.31)],
                "flipped labels": [(0.25, 0.50), (0.40, 0.39)],  # a seed is still missing
                ablations.DCGAN: [(0.1, 0.1)]}
@@ -52,15 +53,28 @@ def test_the_table_is_means_over_seeds_and_compares_like_with_like(ablations, tm
     found = ablations.table(Namespace(out=tmp_path, seeds=3, device="cpu"), "narrow")
     assert list(found) == [ablations.SNGAN, "flipped labels", "relativistic", "no EMA", ablations.DCGAN]
     assert found[ablations.SNGAN]["test"] == pytest.approx([0.29667, 0.015275], rel=1e-3)
-    assert found[ablations.SNGAN]["new_test"][0] == pytest.approx(0.40333, rel=1e-3)
-    ours, theirs = [0.255, 0.255, 0.25], [0.35, 0.35, 0.35]
-    assert found["relativistic"]["difference"] == pytest.approx(sum(ours) / 3 - sum(theirs) / 3)
-    assert found["relativistic"]["p"] == pytest.approx(ttest_rel(ours, theirs).pvalue)
-    assert ablations.verdict(found["relativistic"]) == "worse (-0.097)"
-    assert found["flipped labels"]["difference"] == pytest.approx(0.385 - 0.35)
-    assert ablations.verdict(found["flipped labels"]).startswith("no clear difference (+0.035)")
-    assert ablations.verdict(found[ablations.DCGAN]) == "no clear difference (-0.250)"  # of one seed
-    assert ablations.verdict(found["no EMA"]) == "no clear difference (+0.000)"
+    assert found[ablations.SNGAN]["new_test"][0] == pytest.approx(0.41)
+    # the spread is that of all rows: of 12 runs less five means, "no EMA" being the first row again
+    ours, theirs, flipped = [0.255, 0.255, 0.25], [0.35, 0.35, 0.36], [0.375, 0.395]
+    squares = sum(len(v) * pvariance(v) for v in (theirs, theirs, ours, flipped))
+    error = (squares / (12 - 5) * (1 / 3 + 1 / 3)) ** 0.5
+    assert found["relativistic"]["difference"] == pytest.approx(mean(ours) - mean(theirs))
+    low, high = found["relativistic"]["interval"]
+    assert (low + high) / 2 == pytest.approx(mean(ours) - mean(theirs), abs=1e-6)
+    # wider than for one row alone, narrower than four rows apart need (Bonferroni)
+    assert t(7).ppf(1 - 0.025) < (high - low) / 2 / error < t(7).ppf(1 - 0.025 / 4)
+    assert found["relativistic"]["p"] < 0.001 < 0.9 < found["no EMA"]["p"]
+    assert ablations.verdict(found["relativistic"]) == f"worse: -0.100 ({low:+.3f} to {high:+.3f})"
+    assert ablations.verdict(found["flipped labels"]).startswith("better: +0.032 (+0.0")
+    assert ablations.verdict(found["no EMA"]).startswith("no clear difference: +0.000 (-0.0")
     lines = ablations.markdown(found).splitlines()
-    assert lines[2].startswith(f"| {ablations.SNGAN} | 0.297 ± 0.015 | 0.403 ± 0.015 | 3 |")
-    assert "worse (-0.097) beside SNGAN, projection | worse |" in lines[4]
+    assert lines[2] == (f"| {ablations.SNGAN} | 0.297 ± 0.015 | 0.410 ± 0.026 | 3 |  |  | "
+                        f"{ablations.ROWS[ablations.SNGAN].written} |")
+    assert lines[4].endswith(f"| SNGAN, projection | worse: -0.100 ({low:+.3f} to {high:+.3f}) | worse |")
+    single = {ablations.SNGAN: found[ablations.SNGAN], "decay": found[ablations.DCGAN]}
+    single = json.loads(json.dumps(single))
+    single[ablations.SNGAN]["seeds"] = {"0": {"test": 0.3, "new_test": 0.4}}
+    for row in single.values():
+        row.pop("interval", None)
+    ablations.compare(single)
+    assert ablations.verdict(single["decay"]) == "-0.250, of single seeds"
