@@ -8,6 +8,7 @@ A folder that --sweep filled is kept as one, with a table and a picture of its o
 """
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -73,6 +74,11 @@ def said(mean: float, std: float) -> str:
     return f"{mean:.4g}" + (f" ± {std:.2g}" if std else "")  # no draws, no spread
 
 
+def shown(command: str) -> str:
+    """A command without what changes no score; the JSON has it whole."""
+    return "python " + re.sub(r" --(log-every|sample-every|save-every|out) \S+", "", command)
+
+
 def tables() -> str:
     """All that stands between START and END in the README."""
     parts = ["\n".join(rows())]
@@ -92,7 +98,7 @@ def sweep_table(path: Path, kept: dict) -> str:
     scores = first["scores"]
     note = f"; {kept['note']}" if kept["note"] else ""
     columns = scores["summary"]
-    lines = [f"`python {first['command']}` on {scores['data']}, {scores['draws']} draws; judge: "
+    lines = [f"`{shown(first['command'])}` on {scores['data']}, {scores['draws']} draws; judge: "
              f"{scores['judge']}; {first['sittings'][0]['hardware']}{note} ({links}):", "",
              f"| run | {' | '.join(columns)} | iteration | seconds |", "| --- " * (3 + len(columns)) + "|"]
     for name, run in kept["runs"].items():
@@ -117,7 +123,7 @@ def rows() -> list[str]:
             time += f" ({kept['seconds_per_1000_iterations']:.3g} s per 1,000)"
         pictures = {"grid": f"{path.stem}.png"} | {g: f"{path.stem}_{g}.png" for g in kept.get("grids", [])}
         pictures["all figures"] = path.name
-        cells = [f"`python {kept['command']}`" + (f"<br>{kept['note']}" if kept["note"] else ""),
+        cells = [f"`{shown(kept['command'])}`" + (f"<br>{kept['note']}" if kept["note"] else ""),
                  scores["data"], f"{', '.join(values)} ({scores['draws']} draws)", scores["judge"],
                  f"{time} on {kept['sittings'][0]['hardware']}",
                  ", ".join(f"[{text}](results/{file})" for text, file in pictures.items())]

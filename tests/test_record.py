@@ -35,6 +35,7 @@ def test_a_run_is_kept_with_all_that_its_figures_depend_on(record, tiny_run, tmp
     assert {"commit", "hardware", "torch"} <= set(kept["sittings"][0])
     assert (tmp_path / "tiny.png").exists() and (tmp_path / "tiny_interpolation.png").exists()
     row = record.rows()[-1]
+    assert "--iters 9" in row and not any(flag in row for flag in ("--out", "--save-every", str(tiny_run)))
     mean, std = kept["scores"]["best"]["test"]["accuracy"]
     for part in (
         "drawn scenes",
