@@ -412,15 +412,22 @@ class Run:
 
 
 def free_folder(out: str, name: str) -> Path:
-    """`out`, which must not exist; where it is empty, the first of runs/NAME, runs/NAME-2, … that doesn't."""
+    """`out`, which must hold no file; where it is empty, the first free one of runs/NAME, runs/NAME-2, …
+
+    Raises UserError, also where it could not be made.
+    """
     if out:
-        if Path(out).exists():
+        folder = Path(out)
+        if folder.is_file() or any(p.is_file() for p in folder.rglob("[!.]*")):
             raise UserError(f"--out {out} exists already: a run is never written over. "
                             "Choose another folder, or go on with it by --resume")
-        return Path(out)
-    number = 1
-    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
+    else:
+        number = 1
+        while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+            number += 1
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"{folder} can't be made: {there} is not a folder that can be written to")
     return folder
 
 

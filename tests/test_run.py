@@ -195,6 +195,23 @@ def test_an_existing_folder_is_never_written_over(tmp_path, monkeypatch):
     assert names == ["dcgan", "dcgan-2", "dcgan-3"]
 
 
+def test_a_folder_that_holds_no_run_is_taken_and_one_that_cannot_be_made_is_an_error(tmp_path, monkeypatch):
+    left = tmp_path / "left"  # killed between the folder's making and config.json's
+    (left / "samples").mkdir(parents=True)
+    (left / ".config.json.77").touch()
+    assert run.free_folder(str(left), "") == left
+    (left / "samples" / "step_0000001.png").touch()
+    with pytest.raises(run.UserError, match="exists already"):
+        run.free_folder(str(left), "")
+    with pytest.raises(run.UserError, match="exists already"):
+        run.free_folder(str(left / "samples" / "step_0000001.png"), "")
+    with pytest.raises(run.UserError, match="step_0000001.png is not a folder that can be written to"):
+        run.free_folder(str(left / "samples" / "step_0000001.png" / "here"), "")
+    monkeypatch.setattr(run.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(run.UserError, match="not a folder that can be written to"):
+        run.free_folder(str(tmp_path / "two" / "levels"), "")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with new_run(tmp_path) as r, pytest.raises(run.NotFinite, match="loss is nan at step 5"):
         r.log(5, loss=float("nan"))

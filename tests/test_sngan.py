@@ -222,7 +222,9 @@ def test_bad_judges_and_folders_leave_nothing(refuses, iclevr, tmp_path):
     refuses(*base, "--judge", "judge.pth", message="tells 23 classes apart, the data has 24")
     refuses(*base, "--batch-size", "19", message="more than the 18 training images")
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").touch()
     refuses(*base, "--out", "taken", message="exists already")
+    refuses(*base, "--out", "taken/notes.txt/run", message="not a folder that can be written to")
 
 
 def test_resume_with_another_config_or_other_images(workdir, tiny_run):
