@@ -4,9 +4,10 @@
     python benchmarks/ablations.py --full      # both scripts at full size, on a GPU
     python benchmarks/ablations.py --table     # only table and picture, of the runs that are finished
 
-Each run is a call of sngan_iclevr.py or cdcgan_iclevr.py, and all of one size get about the same time: where
-a change makes an iteration dearer, there are fewer. Runs go seed by seed; one that was cut off is resumed.
-The figures are those of the last iteration, on both test lists, as means over seeds of means over draws of z.
+Each run is a call of sngan_iclevr.py or cdcgan_iclevr.py. All of one script get about the same time: where a
+change makes an iteration dearer, there are fewer. Narrow, both scripts get the same; at full size each has its
+write-up's length. Runs go seed by seed, and one that was cut off is resumed. Figures are those of the last
+iteration, on both test lists, as means over seeds of means over draws of z.
 """
 import argparse
 import importlib
@@ -43,7 +44,7 @@ def both(flags: str) -> dict[str, str | None]:
     return {"narrow": flags, "full": flags}
 
 
-SNGAN, DCGAN = "SNGAN, projection", "DCGAN, concat"
+SNGAN, DCGAN, NO_EMA = "SNGAN, projection", "DCGAN, concat", "no EMA"
 ROWS = {
     SNGAN: Row("sngan_iclevr", both(""), "", "0.79 and 0.82, at full size, by the course's judge"),
     "linear joining": Row("sngan_iclevr", both("--label-embed linear"), SNGAN, "no significant difference"),
@@ -56,7 +57,7 @@ ROWS = {
     "2 D steps": Row("sngan_iclevr", {"narrow": "--n-dis 2 --iters 1540",
                                       "full": "--n-dis 2 --iters 48000"}, SNGAN, "4 taken"),
     "4 D steps": Row("sngan_iclevr", {"narrow": "--n-dis 4 --iters 950", "full": None}, SNGAN, "4 taken"),
-    "no EMA": Row("sngan_iclevr", both(None), SNGAN, "none taken"),  # G itself, of the first row's runs
+    NO_EMA: Row("sngan_iclevr", both(None), SNGAN, "none taken"),
     DCGAN: Row("cdcgan_iclevr", both(""), SNGAN, "0.62, at full size, by the course's judge"),
     "DCGAN, projection": Row("cdcgan_iclevr", both("--d-cond projection"), DCGAN, "not tried"),
     "DCGAN, smooth labels": Row("cdcgan_iclevr", both("--smooth-labels"), DCGAN, "taken"),
@@ -72,7 +73,8 @@ KEEP = {"narrow": "--save-every 50", "full": "--save-every 1000"}
 
 
 def name(row: str, seed: int) -> str:
-    return f"{row.replace(', ', '-').replace(' ', '_')}-{seed}"
+    """The folder of a run; "no EMA" is G itself of the first row's."""
+    return f"{(row if row != NO_EMA else SNGAN).replace(', ', '-').replace(' ', '_')}-{seed}"
 
 
 def train_all(args: argparse.Namespace, size: str) -> None:
@@ -135,11 +137,11 @@ def averaged_or_not(folder: Path, key: str) -> tuple[torch.nn.Module, object]:
 
 def scores(args: argparse.Namespace, row: str, seed: int, device: torch.device) -> dict[str, float] | None:
     """{"test": accuracy, "new_test": accuracy} of a finished run; None where it is not finished."""
-    folder = args.out / name(row if row != "no EMA" else SNGAN, seed)
+    folder = args.out / name(row, seed)
     if not (folder / "scores.json").exists():
         return None
     kept = json.loads((folder / "scores.json").read_text())["last"]
-    if row == "no EMA":
+    if row == NO_EMA:
         path = folder / "scores_without_ema.json"
         if not path.exists():
             G, cfg = averaged_or_not(folder, "G")
@@ -152,6 +154,10 @@ def scores(args: argparse.Namespace, row: str, seed: int, device: torch.device) 
     return {test: kept[test]["accuracy"][0] for test in ("test", "new_test")}
 
 
+def minutes_trained(folder: Path) -> float:
+    return float((folder / "metrics.csv").read_text().splitlines()[-1].split(",")[1]) / 60
+
+
 def table(args: argparse.Namespace, size: str) -> dict[str, dict]:
     """{row: its scores by seed, their mean and standard deviation, and how it compares}."""
     device, found = run.pick_device(args.device), {}
@@ -160,7 +166,8 @@ def table(args: argparse.Namespace, size: str) -> dict[str, dict]:
         by_seed = {seed: s for seed, s in by_seed.items() if s}
         if not by_seed:
             continue
-        found[row] = {"seeds": by_seed, "written": what.written}
+        minutes = mean(minutes_trained(args.out / name(row, seed)) for seed in by_seed)
+        found[row] = {"seeds": by_seed, "minutes": minutes, "written": what.written}
         for test in ("test", "new_test"):
             values = [s[test] for s in by_seed.values()]
             found[row][test] = [mean(values), stdev(values) if len(values) > 1 else 0.0]
@@ -199,11 +206,13 @@ def verdict(result: dict) -> str:
 
 
 def markdown(found: dict[str, dict]) -> str:
-    lines = ["| | test | new_test | seeds | beside | here | write-up |", "| --- " * 7 + "|"]
+    lines = ["| | test | new_test | seeds, minutes each | beside | here | write-up |",
+             "| --- " * 7 + "|"]
     for row, r in found.items():
         cells = [f"{r[test][0]:.3f} ± {r[test][1]:.3f}" for test in ("test", "new_test")]
         here = f"{r['beside']} | {verdict(r)}" if "beside" in r else " | "
-        lines.append(f"| {row} | {' | '.join(cells)} | {len(r['seeds'])} | {here} | {r['written']} |")
+        runs = f"{len(r['seeds'])}, {r['minutes']:.1f}"
+        lines.append(f"| {row} | {' | '.join(cells)} | {runs} | {here} | {r['written']} |")
     return "\n".join(lines)
 
 
@@ -214,8 +223,8 @@ def draw(args: argparse.Namespace, found: dict[str, dict], path: Path) -> None:
     for row in found:
         if 0 not in found[row]["seeds"]:
             continue
-        folder = args.out / name(row if row != "no EMA" else SNGAN, 0)
-        G, cfg = averaged_or_not(folder, "G" if row == "no EMA" else "ema")
+        folder = args.out / name(row, 0)
+        G, cfg = averaged_or_not(folder, "G" if row == NO_EMA else "ema")
         data = load_iclevr(cfg.data, cfg.image_size, cfg.n_scenes)
         z = torch.randn(12, 128, generator=torch.Generator().manual_seed(0))[:, :cfg.z_dim]
         sets = data.tests["test"]
@@ -250,10 +259,12 @@ def main() -> int:
         return 0
     first = json.loads(next(args.out.glob("*/scores.json")).read_text())
     told = f"{first['data']}, {size}; judge: {first['judge']}; {first['draws']} draws of z a seed"
-    print(f"\n{told}\n\n{markdown(found)}")
+    print(f"\n{told}:\n\n{markdown(found)}")
     keep = args.keep or args.out / "ablations"
     stored = json.loads(next(args.out.glob("*/config.json")).read_text())["sittings"][0]
-    content = {"what": told, **{k: stored[k] for k in ("commit", "hardware", "torch")}, "rows": found}
+    command = "benchmarks/ablations.py" + (" --full" if args.full else "")
+    content = {"command": command, "what": told, **{k: stored[k] for k in ("commit", "hardware", "torch")},
+               "rows": found}
     run.write_whole(keep.with_suffix(".json"), lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
     draw(args, found, keep.with_suffix(".png"))
     return 0

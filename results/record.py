@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 RESULTS = Path(__file__).resolve().parent
 README = RESULTS.parent / "README.md"
 sys.path.insert(0, str(RESULTS.parent))
+from benchmarks.ablations import markdown  # noqa: E402
 from common.run import seconds_per_iteration  # noqa: E402
 START, END = "<!-- results: built by results/record.py -->", "<!-- end of results -->"
 
@@ -86,6 +87,10 @@ def tables() -> str:
         kept = json.loads(path.read_text())
         if "runs" in kept:
             parts.append(sweep_table(path, kept))
+        if "rows" in kept:
+            parts.append(f"`python {kept['command']}` on {kept['what']}; {kept['hardware']} ([a strip of each]"
+                         f"(results/{path.stem}.png), [all figures](results/{path.name})):\n\n"
+                         f"{markdown(kept['rows'])}")
     return "\n\n".join(parts)
 
 

@@ -49,6 +49,7 @@ def test_the_table_is_means_over_seeds_and_compares_like_with_like(ablations, tm
             folder.mkdir()
             last = {"test": {"accuracy": [test, 0.01]}, "new_test": {"accuracy": [new_test, 0.01]}}
             (folder / "scores.json").write_text(json.dumps({"last": last}))
+            (folder / "metrics.csv").write_text(f"step,seconds,d_loss\n50,9,0.2\n100,{60 * (seed + 1)},0.1\n")
             (folder / "scores_without_ema.json").write_text(json.dumps(last))
     found = ablations.table(Namespace(out=tmp_path, seeds=3, device="cpu"), "narrow")
     assert list(found) == [ablations.SNGAN, "flipped labels", "relativistic", "no EMA", ablations.DCGAN]
@@ -68,7 +69,7 @@ def test_the_table_is_means_over_seeds_and_compares_like_with_like(ablations, tm
     assert ablations.verdict(found["flipped labels"]).startswith("better: +0.032 (+0.0")
     assert ablations.verdict(found["no EMA"]).startswith("no clear difference: +0.000 (-0.0")
     lines = ablations.markdown(found).splitlines()
-    assert lines[2] == (f"| {ablations.SNGAN} | 0.297 ± 0.015 | 0.410 ± 0.026 | 3 |  |  | "
+    assert lines[2] == (f"| {ablations.SNGAN} | 0.297 ± 0.015 | 0.410 ± 0.026 | 3, 2.0 |  |  | "
                         f"{ablations.ROWS[ablations.SNGAN].written} |")
     assert lines[4].endswith(f"| SNGAN, projection | worse: -0.100 ({low:+.3f} to {high:+.3f}) | worse |")
     single = {ablations.SNGAN: found[ablations.SNGAN], "decay": found[ablations.DCGAN]}
