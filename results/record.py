@@ -88,8 +88,8 @@ def tables() -> str:
         if "runs" in kept:
             parts.append(sweep_table(path, kept))
         if "rows" in kept:
-            parts.append(f"`python {kept['command']}` on {kept['what']}; {kept['hardware']} ([a strip of each]"
-                         f"(results/{path.stem}.png), [all figures](results/{path.name})):\n\n"
+            links = f"[a strip of each](results/{path.stem}.png), [all figures](results/{path.name})"
+            parts.append(f"`python {kept['command']}` on {kept['what']}; {kept['hardware']} ({links}):\n\n"
                          f"{markdown(kept['rows'])}")
     return "\n\n".join(parts)
 
