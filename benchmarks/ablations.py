@@ -5,9 +5,9 @@
     python benchmarks/ablations.py --table     # only table and picture, of the runs that are finished
 
 Each run is a call of sngan_iclevr.py or cdcgan_iclevr.py. All of one script get about the same time: where a
-change makes an iteration dearer, there are fewer. Narrow, both scripts get the same; at full size each has its
-own write-up's length. Runs go seed by seed, and one that was cut off is resumed. The figures are those of the
-last iteration, on both test lists: means over seeds of means over draws of z.
+change makes an iteration dearer, there are fewer. Narrow, both scripts get the same; at full size each is as
+long as its write-up's. Runs go seed by seed, and one that was cut off is resumed. The figures are those of
+the last iteration, on both test lists: means over seeds of means over draws of z.
 """
 import argparse
 import importlib
