@@ -65,7 +65,7 @@ ROWS = {
 }
 SIZES = {  # narrow: the quick presets, with a better judge, for as long as the two hours allow
     "narrow": {"sngan_iclevr": "--quick --batch-size 16 --iters 2200",
-               "cdcgan_iclevr": "--quick --iters 4200 --halve-every 0"},
+               "cdcgan_iclevr": "--quick --iters 7500 --halve-every 0"},
     "full": {"sngan_iclevr": "--label-embed sum", "cdcgan_iclevr": ""},
 }
 JUDGE = {"narrow": "--judge-width 24 --judge-steps 4000", "full": "--judge-width 64 --judge-steps 5000"}
