@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from PIL import Image
 from scipy.stats import dunnett
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,8 +219,8 @@ def markdown(found: dict[str, dict]) -> str:
 
 @torch.no_grad()
 def draw(args: argparse.Namespace, found: dict[str, dict], path: Path) -> None:
-    """Of each row, seed 0: the same twelve sets of test.json, and within a script the same noise."""
-    strips, shown = [], []
+    """A strip for each row, of seed 0: the same twelve sets of test.json and, within a script, the same z."""
+    strips = []
     for row in found:
         if 0 not in found[row]["seeds"]:
             continue
@@ -230,10 +231,15 @@ def draw(args: argparse.Namespace, found: dict[str, dict], path: Path) -> None:
         sets = data.tests["test"]
         count = (sets < len(data.classes)).sum(1)
         chosen = torch.cat([(count == k).nonzero()[:4, 0] for k in (1, 2, 3)])
-        strips.append(G(z, sets[chosen]))
-        shown.append(row)
-    run.save_grid(path, torch.cat(strips), f"seed 0; four sets each of one, two, three objects; rows: "
-                  f"{'; '.join(shown)}", nrow=12)
+        strip = args.out / f"{row}.png"
+        run.save_grid(strip, G(z[:len(chosen)], sets[chosen]),
+                      f"{row}: four sets each of one, two, three objects", nrow=12)
+        strips.append(Image.open(strip))
+    if strips:
+        canvas = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)))
+        for i, strip in enumerate(strips):
+            canvas.paste(strip, (0, sum(above.height for above in strips[:i])))
+        run.write_whole(path, lambda p: canvas.save(p, optimize=True))
 
 
 def main() -> int:
@@ -261,10 +267,12 @@ def main() -> int:
     told = f"{first['data']}, {size}; judge: {first['judge']}; {first['draws']} draws of z a seed"
     print(f"\n{told}:\n\n{markdown(found)}")
     keep = args.keep or args.out / "ablations"
-    stored = json.loads(next(args.out.glob("*/config.json")).read_text())["sittings"][0]
+    sittings = [sitting for path in args.out.glob("*/config.json")
+                for sitting in json.loads(path.read_text())["sittings"]]
+    circumstances = {k: ", ".join(sorted({sitting[k] for sitting in sittings}))
+                     for k in ("commit", "hardware", "torch")}
     command = "benchmarks/ablations.py" + (" --full" if args.full else "")
-    content = {"command": command, "what": told, **{k: stored[k] for k in ("commit", "hardware", "torch")},
-               "rows": found}
+    content = {"command": command, "what": told, **circumstances, "rows": found}
     run.write_whole(keep.with_suffix(".json"), lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
     draw(args, found, keep.with_suffix(".png"))
     return 0

@@ -2,14 +2,18 @@
 import importlib
 import importlib.util
 import json
+import signal
+import sys
 from argparse import Namespace
 from statistics import mean, pvariance
 
 import pytest
+import torch
+from PIL import Image
 from scipy.stats import t
 
 from common import run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_iclevr, same
 
 
 @pytest.fixture
@@ -79,3 +83,39 @@ def test_the_table_is_means_over_seeds_and_compares_like_with_like(ablations, tm
         row.pop("interval", None)
     ablations.compare(single)
     assert ablations.verdict(single["decay"]) == "-0.250, of single seeds"
+
+
+def test_runs_are_made_once_scored_and_drawn(ablations, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    rows = [ablations.SNGAN, ablations.NO_EMA, ablations.DCGAN]
+    monkeypatch.setattr(ablations, "ROWS", {row: ablations.ROWS[row] for row in rows})
+    tiny = "--iters 2 --image-size 32 --ch 2 --batch-size 4 --z-dim 8 --eval-draws 2"
+    sizes = {"sngan_iclevr": f"{tiny} --n-dis 1", "cdcgan_iclevr": tiny}
+    monkeypatch.setitem(ablations.SIZES, "narrow", sizes)
+    monkeypatch.setitem(ablations.JUDGE, "narrow", "--judge-width 8 --judge-steps 2")
+    make_iclevr(tmp_path / "scenes", 12)
+    argv = "ablations.py --seeds 1 --data scenes --device cpu --out runs --keep kept/all"
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr(sys, "argv", argv.split())
+    try:
+        assert ablations.main() == 0
+        told = capsys.readouterr().out
+        made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/last.pt")}
+        assert len(made) == 2 and "DCGAN-concat-0: done" in told
+        kept = json.loads((tmp_path / "kept" / "all.json").read_text())
+        assert list(kept["rows"]) == rows and ablations.markdown(kept["rows"]) in told
+        assert kept["commit"] and kept["what"].startswith("i-CLEVR, narrow; judge: ResNet-18 of width 8")
+        folder = tmp_path / "runs" / "SNGAN-projection-0"
+        state = run.load_checkpoint(folder / "last.pt", "cpu")
+        for key in ("ema", "G"):
+            same(ablations.averaged_or_not(folder, key)[0].state_dict(), state[key])
+        assert not torch.equal(state["ema"]["last.weight"], state["G"]["last.weight"])
+        pictures = [Image.open(tmp_path / "runs" / f"{row}.png") for row in rows]
+        with Image.open(tmp_path / "kept" / "all.png") as picture:
+            assert picture.size == (pictures[0].width, sum(one.height for one in pictures))
+        assert pictures[0].tobytes() != pictures[1].tobytes() != pictures[2].tobytes()
+        assert ablations.main() == 0
+        assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+    finally:
+        signal.signal(signal.SIGTERM, before)
