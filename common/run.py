@@ -151,6 +151,9 @@ def _combinations(Config: type, parser: Parser, sweep: list[str], given: dict, v
         if item == "variants" and variants:
             ways.append(variants)
             fields = set().union(*variants.values())
+            if fields & given.keys():  # would change what the variants' names say
+                flag = "--" + min(fields & given.keys()).replace("_", "-")
+                raise UserError(f"{flag} with --sweep variants: the variants set it themselves; leave it out")
         elif name in kinds and values:
             flag = "--" + name.replace("_", "-")
             arguments = {value: f"{flag}={value}" for value in values.split(",")}
@@ -331,7 +334,7 @@ class Run:
         rows = []
         if path.is_file():
             with open(path, newline="") as f:
-                rows = [r for r in csv.DictReader(f) if r["step"].isdigit() and int(r["step"]) <= step]
+                rows = [r for r in csv.DictReader(f) if None not in r.values() and int(r["step"]) <= step]
         if rows:
             self.seconds_before = float(rows[-1]["seconds"])
 

@@ -49,7 +49,9 @@ def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
     """results/NAME.json from the run's config, scores and metrics; its grid as NAME.png, others beside."""
     if (folder / "sweep.csv").is_file():
         runs = sorted((p.parent for p in folder.glob("*/scores.json")), key=lambda p: p.stat().st_ctime)
-        kept = {"note": note, "grids": grids, "runs": {run.name: figures(run) for run in runs}}
+        unscored = sorted({p.parent.name for p in folder.glob("*/config.json")} - {run.name for run in runs})
+        kept = {"note": note, "grids": grids, "runs": {run.name: figures(run) for run in runs},
+                "diverged or not finished": unscored}
         keep(strips(runs), RESULTS / f"{name}.png")
     else:
         kept = {"note": note, "grids": grids} | figures(folder)
@@ -80,6 +82,16 @@ def shown(command: str) -> str:
     return "python " + re.sub(r" --(log-every|sample-every|save-every|out) \S+", "", command)
 
 
+def scored(kept: dict) -> dict:
+    """The scores of the checkpoint that a row is of: with digits the last one, else the best."""
+    digits = kept["script"] in ("dcgan_mnist.py", "infogan_mnist.py")
+    return kept["scores"]["last" if digits or "best" not in kept["scores"] else "best"]
+
+
+def hardware(kept: dict) -> str:
+    return kept["sittings"][0]["hardware"].replace(" 1 threads", " 1 thread")
+
+
 def tables() -> str:
     """All that stands between START and END in the README."""
     parts = ["\n".join(rows())]
@@ -104,33 +116,34 @@ def sweep_table(path: Path, kept: dict) -> str:
     note = f"; {kept['note']}" if kept["note"] else ""
     columns = scores["summary"]
     lines = [f"`{shown(first['command'])}` on {scores['data']}, {scores['draws']} draws; judge: "
-             f"{scores['judge']}; {first['sittings'][0]['hardware']}{note} ({links}):", "",
-             f"| run | {' | '.join(columns)} | iteration | seconds |", "| --- " * (3 + len(columns)) + "|"]
+             f"{scores['judge']}; {hardware(first)}{note} ({links}):", "",
+             f"| run | {' | '.join(columns)} | after | iterations, time |",
+             "| --- " * (3 + len(columns)) + "|"]
     for name, run in kept["runs"].items():
         values = [said(*value) for value in run["scores"]["summary"].values()]
-        at = run["scores"].get("best", run["scores"].get("last"))["step"]
-        lines.append(f"| {name} | {' | '.join(values)} | {at:,} | {run['seconds']:,} |")
+        lines.append(f"| {name} | {' | '.join(values)} | {scored(run)['step']:,} | {run['iterations']:,} in "
+                     f"{run['seconds'] / 60:.0f} min |")
+    lines += [f"| {name} | diverged or not finished |" for name in kept.get("diverged or not finished", [])]
     return "\n".join(lines)
 
 
 def rows() -> list[str]:
     """One line of Markdown for each JSON that is a run's."""
-    lines = ["| run | data | scores | judge | iterations, time, hardware | pictures |",
+    lines = ["| run | data | scores, after … iterations | judge | iterations, time, hardware | pictures |",
              "| --- | --- | --- | --- | --- | --- |"]
-    for path in sorted(RESULTS.glob("*.json")):
-        kept = json.loads(path.read_text())
-        if "scores" not in kept:
-            continue
+    kept_runs = {path: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    kept_runs = {path: kept for path, kept in kept_runs.items() if "scores" in kept}
+    for path, kept in sorted(kept_runs.items(), key=lambda r: (r[1]["script"], r[1]["iterations"], r[0])):
         scores = kept["scores"]
         values = [f"{name} {said(*value)}" for name, value in scores["summary"].items()]
         time = f"{kept['iterations']:,} in {kept['seconds'] / 60:.0f} min"
         if "seconds_per_1000_iterations" in kept:
-            time += f" ({kept['seconds_per_1000_iterations']:.3g} s per 1,000)"
+            time += f" ({kept['seconds_per_1000_iterations']:,.0f} s per 1,000)"
         pictures = {"grid": f"{path.stem}.png"} | {g: f"{path.stem}_{g}.png" for g in kept.get("grids", [])}
         pictures["all figures"] = path.name
         cells = [f"`{shown(kept['command'])}`" + (f"<br>{kept['note']}" if kept["note"] else ""),
-                 scores["data"], f"{', '.join(values)} ({scores['draws']} draws)", scores["judge"],
-                 f"{time} on {kept['sittings'][0]['hardware']}",
+                 scores["data"], f"{', '.join(values)} ({scores['draws']} draws), after "
+                 f"{scored(kept)['step']:,}", scores["judge"], f"{time} on {hardware(kept)}",
                  ", ".join(f"[{text}](results/{file})" for text, file in pictures.items())]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

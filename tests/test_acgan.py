@@ -207,6 +207,7 @@ def test_sample_and_eval_read_a_run(finished, workdir, monkeypatch):
     monkeypatch.chdir(workdir)
     folder, _ = finished
     before = json.loads((folder / "scores.json").read_text())
+    (folder / "scores.json").unlink()
     main(acgan_celeba, "--eval", "runs/acgan")
     after = json.loads((folder / "scores.json").read_text())
     assert after["best"]["FD (judge)"] == pytest.approx(before["best"]["FD (judge)"], rel=1e-4)

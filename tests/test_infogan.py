@@ -243,6 +243,7 @@ def test_sample_and_eval_read_a_run(finished, workdir, monkeypatch):
     folder, _ = finished
     monkeypatch.chdir(workdir)
     before = json.loads((folder / "scores.json").read_text())
+    (folder / "scores.json").unlink()
     main(infogan_mnist, "--eval", "runs/infogan")
     after = json.loads((folder / "scores.json").read_text())
     assert set(after) == set(before) and after["last"]["digit"] == before["last"]["digit"]

@@ -42,6 +42,8 @@ def test_a_run_is_kept_with_all_that_its_figures_depend_on(record, tiny_run, tmp
         f"accuracy test {record.said(mean, std)}",
         "held-out accuracy",
         "a remark",
+        f"after {kept['scores']['best']['step']} |",
+        "9 in 0 min",
         "results/tiny.png",
         "[interpolation](results/tiny_interpolation.png)",
     ):
@@ -53,6 +55,8 @@ def test_a_sweep_is_kept_as_one(record, tiny_run, tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     for name in ("one", "two"):
         shutil.copytree(tiny_run, tmp_path / "sweep" / name)
+    (tmp_path / "sweep" / "three").mkdir()
+    shutil.copy(tiny_run / "config.json", tmp_path / "sweep" / "three")
     (tmp_path / "sweep" / "sweep.csv").touch()
     record.record(tmp_path / "sweep", "both", "a remark", [])
     kept = json.loads((tmp_path / "results" / "both.json").read_text())
@@ -63,6 +67,7 @@ def test_a_sweep_is_kept_as_one(record, tiny_run, tmp_path, monkeypatch):
         assert strips.crop((0, 15, grid.width, 15 + 68)).tobytes() == last.tobytes()
     assert len(record.rows()) == 2  # no row of its own, but a table
     table = record.tables()
-    for part in ("a remark", "results/both.png", "| one | ", "| two | ", "| accuracy test | accuracy new_"):
+    for part in ("a remark", "results/both.png", "| one | ", " | 9 in 0 min |", "| three | diverged or not f",
+                 "| accuracy test | accuracy new_"):
         assert part in table
     assert record.said(0.25, 0.0) == "0.25" and record.said(0.25, 0.01) == "0.25 ± 0.01"

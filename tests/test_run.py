@@ -171,6 +171,8 @@ def test_rows_and_pictures_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     for name in (".last.123.pt", "samples/.step_0000010.123.png"):  # what SIGKILL leaves
         (folder / name).write_bytes(b"half")
     (folder / "scores.json").write_text("{}")  # of the end before
+    with open(folder / "metrics.csv", "a") as table:
+        table.write("1")  # of a step 15 or so: a full disk cut it off
     again = new_run(tmp_path, step=10, resume=folder)
     rows = list(csv.DictReader(open(folder / "metrics.csv")))
     assert [r["step"] for r in rows] == ["5", "10"] and rows[0]["accuracy"] == ""
@@ -272,7 +274,9 @@ def test_a_sweep_of_variants_is_named_by_them():
     assert [(c.lr, c.trick, c.out) for c in configs("variants", "--out", "x")] == \
         [(Small.lr, Small.trick, "x/plain"), (0.01, False, "x/low")]
     assert [c.out for c in configs("--out", "x")] == ["x/plain", "x/low"]  # --sweep alone
-    assert [(c.loss, c.out) for c in configs("variants", "loss=a,b", "--lr", "3", "--out", "x")][2:] == \
+    with pytest.raises(run.UserError, match="--lr with --sweep variants: the variants set it"):
+        configs("--lr", "0.5")  # "plain" would have it too
+    assert [(c.loss, c.out) for c in configs("variants", "loss=a,b", "--iters", "3", "--out", "x")][2:] == \
         [("a", "x/low,loss=a"), ("b", "x/low,loss=b")]
     for argv in (["variants", "lr=1"], ["lr=1", "variants"], ["variants", "variants"]):
         with pytest.raises(run.UserError, match="give each field.* or the word variants"):
