@@ -19,6 +19,11 @@ README = RESULTS.parent / "README.md"
 sys.path.insert(0, str(RESULTS.parent))
 from benchmarks.ablations import markdown  # noqa: E402
 from common.run import seconds_per_iteration  # noqa: E402
+OVERVIEW = {  # of kept grids, the README's first picture
+    "dcgan_mnist.py": "dcgan_latent16_hidden100", "infogan_mnist.py": "infogan_ch16_seed0",
+    "acgan_celeba.py": "acgan_celeba_variants_attributes", "vae_celeba.py": "vae_celeba_arithmetic",
+    "sngan_iclevr.py": "sngan_real_ch16", "cdcgan_iclevr.py": "cdcgan_quick_drawn",
+}
 START, END = "<!-- results: built by results/record.py -->", "<!-- end of results -->"
 
 
@@ -52,7 +57,7 @@ def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
         unscored = sorted({p.parent.name for p in folder.glob("*/config.json")} - {run.name for run in runs})
         kept = {"note": note, "grids": grids, "runs": {run.name: figures(run) for run in runs},
                 "diverged or not finished": unscored}
-        keep(strips(runs), RESULTS / f"{name}.png")
+        keep(strips({run.name: grid_of(run) for run in runs}), RESULTS / f"{name}.png")
     else:
         kept = {"note": note, "grids": grids} | figures(folder)
         keep(grid_of(folder), RESULTS / f"{name}.png")
@@ -61,15 +66,15 @@ def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
         keep(Image.open(folder / f"{grid}.png"), RESULTS / f"{name}_{grid}.png")
 
 
-def strips(runs: list[Path]) -> Image.Image:
-    """The last eight samples of each run, a row each: of one seed, they have the same z and labels."""
-    grids = [grid_of(run).convert("RGB") for run in runs]
-    tile = (grids[0].width - 2) // 8 + 2
-    canvas = Image.new("RGB", (grids[0].width, len(grids) * (tile + 16)), "white")
-    for i, (run, grid) in enumerate(zip(runs, grids)):
-        y = i * (tile + 16)
-        ImageDraw.Draw(canvas).text((3, y + 1), run.name, fill="black", font=ImageFont.load_default(size=11))
-        canvas.paste(grid.crop((0, grid.height - tile, grid.width, grid.height)), (0, y + 15))
+def strips(grids: dict[str, Image.Image]) -> Image.Image:
+    """The last eight images of each grid, named, a row each: in a sweep of one seed they have the same z."""
+    tile, width = 66, 8 * 66 + 2
+    canvas = Image.new("RGB", (width, len(grids) * (tile + 18)), "white")
+    for i, (name, grid) in enumerate(grids.items()):
+        y = i * (tile + 18)
+        ImageDraw.Draw(canvas).text((3, y + 1), name, fill="black", font=ImageFont.load_default(size=11))
+        last = grid.width - width, grid.height - tile - 2, grid.width, grid.height
+        canvas.paste(grid.convert("RGB").crop(last), (0, y + 15))
     return canvas
 
 
@@ -164,6 +169,7 @@ def main() -> int:
         return 2
     if args.folder:
         record(args.folder, args.name, args.note, args.grids)
+    keep(strips({n: Image.open(RESULTS / f"{f}.png") for n, f in OVERVIEW.items()}), RESULTS / "overview.png")
     text = README.read_text()
     before, rest = text.split(START)
     README.write_text(before + START + "\n" + tables() + "\n" + END + rest.split(END)[1])
