@@ -1,7 +1,8 @@
 """Concat-conditioned DCGAN on i-CLEVR: images of one to three asked-for objects.
 
 DCGAN: Radford et al. 2016; conditions as inputs of both networks: Mirza & Osindero 2014. Its sibling with
-spectral norm and projection is sngan_iclevr.py: same data, scores and pictures.
+spectral norm and projection is sngan_iclevr.py: same data, scores and pictures. Like it, this sees whole images
+squeezed to a square, where the write-up crops them: a crop would cut off objects that the labels name.
 
     python cdcgan_iclevr.py --quick                      # minutes on two CPU cores
     python cdcgan_iclevr.py                              # the full job, 700 epochs, one GPU
@@ -124,6 +125,7 @@ class Discriminator(nn.Module):
 
 def build(cfg: Config, n_classes: int, device: torch.device) -> tuple[Generator, Discriminator, Generator]:
     """G, D and the averaged copy of G, freshly initialised from the global random state."""
+    # all weights, those of the labels' plane too, as in the DCGAN paper
     G = init_dcgan(Generator(n_classes, cfg.z_dim, cfg.ch, cfg.image_size))
     D = init_dcgan(Discriminator(n_classes, cfg.ch, cfg.image_size, cfg.d_cond))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
