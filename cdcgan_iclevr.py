@@ -1,8 +1,8 @@
 """Concat-conditioned DCGAN on i-CLEVR: images of one to three asked-for objects.
 
 DCGAN: Radford et al. 2016; conditions as inputs of both networks: Mirza & Osindero 2014. Its sibling with
-spectral norm and projection is sngan_iclevr.py: same data, scores and pictures. Like it, this sees whole images
-squeezed to a square, where the write-up crops them: a crop would cut off objects that the labels name.
+spectral norm and projection is sngan_iclevr.py: same data, scores and pictures. Both see whole images,
+squeezed to a square, where this one's write-up crops: that would cut off objects that the labels name.
 
     python cdcgan_iclevr.py --quick                      # minutes on two CPU cores
     python cdcgan_iclevr.py                              # the full job, 700 epochs, one GPU
