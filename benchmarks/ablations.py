@@ -1,6 +1,6 @@
 """What each condition and trick of the i-CLEVR write-ups is worth: one thing changed at a time, three seeds.
 
-    python benchmarks/ablations.py             # narrow, 32×32, two hours on two cores; stop it, call it again
+    python benchmarks/ablations.py             # narrow, 32×32; under two hours on two cores
     python benchmarks/ablations.py --full      # both scripts at full size, on a GPU
     python benchmarks/ablations.py --table     # only table and picture, of the runs that are finished
 

@@ -22,7 +22,7 @@ from common.run import seconds_per_iteration  # noqa: E402
 OVERVIEW = {  # of kept grids, the README's first picture
     "dcgan_mnist.py": "dcgan_latent16_hidden100", "infogan_mnist.py": "infogan_ch16_seed0",
     "acgan_celeba.py": "acgan_celeba_variants_attributes", "vae_celeba.py": "vae_celeba_arithmetic",
-    "sngan_iclevr.py": "sngan_real_ch16", "cdcgan_iclevr.py": "cdcgan_quick_drawn",
+    "sngan_iclevr.py": "sngan_real_ch16", "cdcgan_iclevr.py": "cdcgan_narrow_projection",
 }
 START, END = "<!-- results: built by results/record.py -->", "<!-- end of results -->"
 
@@ -94,21 +94,22 @@ def scored(kept: dict) -> dict:
 
 
 def hardware(kept: dict) -> str:
-    return kept["sittings"][0]["hardware"].replace(" 1 threads", " 1 thread")
+    told = kept["hardware"] if "rows" in kept else kept["sittings"][0]["hardware"]
+    return told.replace(" 1 threads", " 1 thread")
 
 
-def tables() -> str:
-    """All that stands between START and END in the README."""
-    parts = ["\n".join(rows())]
-    for path in sorted(RESULTS.glob("*.json")):
-        kept = json.loads(path.read_text())
-        if "runs" in kept:
-            parts.append(sweep_table(path, kept))
+def blocks() -> dict[str, str]:
+    """What stands in the README from each marker to the next END."""
+    everything = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    parts = ["\n".join(rows()), *(sweep_table(p, kept) for p, kept in everything.items() if "runs" in kept)]
+    found = {START: "\n\n".join(parts)}
+    for path, kept in everything.items():
         if "rows" in kept:
             links = f"[a strip of each](results/{path.stem}.png), [all figures](results/{path.name})"
-            parts.append(f"`python {kept['command']}` on {kept['what']}; {kept['hardware']} ({links}):\n\n"
-                         f"{markdown(kept['rows'])}")
-    return "\n\n".join(parts)
+            found[f"<!-- {path.name}: built by results/record.py -->"] = (
+                f"`python {kept['command']}` on {kept['what']}; {hardware(kept)} a run ({links}):\n\n"
+                f"{markdown(kept['rows'])}")
+    return found
 
 
 def sweep_table(path: Path, kept: dict) -> str:
@@ -171,8 +172,10 @@ def main() -> int:
         record(args.folder, args.name, args.note, args.grids)
     keep(strips({n: Image.open(RESULTS / f"{f}.png") for n, f in OVERVIEW.items()}), RESULTS / "overview.png")
     text = README.read_text()
-    before, rest = text.split(START)
-    README.write_text(before + START + "\n" + tables() + "\n" + END + rest.split(END)[1])
+    for marker, block in blocks().items():
+        before, rest = text.split(marker)
+        text = before + marker + "\n" + block + "\n" + END + rest.split(END, 1)[1]
+    README.write_text(text)
     return 0
 
 

@@ -18,9 +18,10 @@ def record():
     return module
 
 
-def test_the_readme_s_table_is_built_from_the_kept_results(record):
-    table = record.README.read_text().split(record.START)[1].split(record.END)[0].strip()
-    assert table == record.tables()
+def test_the_readme_s_tables_are_built_from_the_kept_results(record):
+    readme = record.README.read_text()
+    for marker, block in record.blocks().items():
+        assert readme.split(marker)[1].split(record.END)[0].strip() == block, marker
 
 
 def test_a_run_is_kept_with_all_that_its_figures_depend_on(record, tiny_run, tmp_path, monkeypatch):
@@ -66,7 +67,7 @@ def test_a_sweep_is_kept_as_one(record, tiny_run, tmp_path, monkeypatch):
         last = grid.convert("RGB").crop((0, grid.height - 68, grid.width, grid.height))
         assert strips.crop((0, 15, grid.width, 15 + 68)).tobytes() == last.tobytes()
     assert len(record.rows()) == 2  # no row of its own, but a table
-    table = record.tables()
+    table = record.blocks()[record.START]
     for part in ("a remark", "results/both.png", "| one | ", " | 9 in 0 min |", "| three | diverged or not f",
                  "| accuracy test | accuracy new_"):
         assert part in table
