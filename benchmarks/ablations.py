@@ -138,7 +138,8 @@ def train_all(args: argparse.Namespace, size: str) -> int:
         status = process.returncode
         if status == 3:  # not finite: that is the row's result
             (folder / DIVERGED).write_text(said[-300:] + "\n")
-        print(f"{folder.name}: " + (f"status {status}: {said[-300:]}" if status else "done"), flush=True)
+        if not stop.is_set():
+            print(f"{folder.name}: " + (f"status {status}: {said[-300:]}" if status else "done"), flush=True)
         return 0 if status == 3 else status
 
     def end(*_) -> None:
