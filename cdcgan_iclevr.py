@@ -9,10 +9,10 @@ squeezed to a square, where this one's write-up crops: that would cut off object
     python cdcgan_iclevr.py --smooth-labels              # or --flip-labels 0.05, --d-cond projection
     python cdcgan_iclevr.py --resume runs/cdcgan_iclevr  # go on; --sample and --eval take a run as well
 
-Measured so far on a CPU (AMD EPYC; see results/), accuracy on test.json and new_test.json of real i-CLEVR
-at 32×32, width 16, 7,500 iterations of 32 images, 6 minutes of one core, three seeds: 0.26 ± 0.07 and 0.35
-± 0.04; with --d-cond projection 0.35 ± 0.03 and 0.46 ± 0.02. The full size has not been run yet; the write-
-up has 0.62 by another judge.
+Measured so far on a CPU (AMD EPYC; see results/), accuracy on test.json and new_test.json of real i-CLEVR at
+32×32, width 16, 7,500 iterations of 32 images, 6 minutes of one core, three seeds: 0.26 ± 0.07 and
+0.35 ± 0.04; with --d-cond projection 0.35 ± 0.03 and 0.46 ± 0.02. The full size has not been run yet; the
+write-up has 0.62 by another judge.
 """
 import copy
 import json

@@ -57,7 +57,9 @@ def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
         unscored = sorted({p.parent.name for p in folder.glob("*/config.json")} - {run.name for run in runs})
         kept = {"note": note, "grids": grids, "runs": {run.name: figures(run) for run in runs},
                 "diverged or not finished": unscored}
-        keep(strips({run.name: grid_of(run) for run in runs}), RESULTS / f"{name}.png")
+        first = next(iter(kept["runs"].values()))
+        size = max(64, first["config"].get("image_size", 0))  # smaller images are shown as 64×64
+        keep(strips({run.name: grid_of(run) for run in runs}, size), RESULTS / f"{name}.png")
     else:
         kept = {"note": note, "grids": grids} | figures(folder)
         keep(grid_of(folder), RESULTS / f"{name}.png")
@@ -66,11 +68,14 @@ def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
         keep(Image.open(folder / f"{grid}.png"), RESULTS / f"{name}_{grid}.png")
 
 
-def strips(grids: dict[str, Image.Image]) -> Image.Image:
-    """The last eight images of each grid, named, a row each: in a sweep of one seed they have the same z."""
-    tile, width = 66, 8 * 66 + 2
-    canvas = Image.new("RGB", (width, len(grids) * (tile + 18)), "white")
-    for i, (name, grid) in enumerate(grids.items()):
+def strips(grids: dict[str, Image.Image], size: int = 64) -> Image.Image:
+    """The last eight images of each grid, or its last row where that has fewer, named, a row each: in a sweep
+    of one seed they have the same z. size: of the images, in pixels of the grids.
+    """
+    tile = size + 2
+    widths = [min(8 * tile + 2, grid.width) for grid in grids.values()]
+    canvas = Image.new("RGB", (max(widths), len(grids) * (tile + 18)), "white")
+    for i, ((name, grid), width) in enumerate(zip(grids.items(), widths)):
         y = i * (tile + 18)
         ImageDraw.Draw(canvas).text((3, y + 1), name, fill="black", font=ImageFont.load_default(size=11))
         last = grid.width - width, grid.height - tile - 2, grid.width, grid.height

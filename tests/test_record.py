@@ -4,8 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from common import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,3 +76,16 @@ def test_a_sweep_is_kept_as_one(record, tiny_run, tmp_path, monkeypatch):
                  "| accuracy test | accuracy new_"):
         assert part in table
     assert record.said(0.25, 0.0) == "0.25" and record.said(0.25, 0.01) == "0.25 ± 0.01"
+
+
+@pytest.mark.parametrize("size,shown,columns", [(32, 64, 10), (64, 64, 4), (128, 128, 8)])
+def test_strips_are_the_last_images_of_grids_of_any_size(record, tmp_path, size, shown, columns):
+    images = torch.rand(2 * columns, 3, size, size) * 2 - 1
+    run.save_grid(tmp_path / "grid.png", images, "a title", nrow=columns)
+    strip = record.strips({"one": Image.open(tmp_path / "grid.png")}, shown)
+    n, tile = min(8, columns), shown + 2
+    assert strip.size == (n * tile + 2, tile + 18)
+    for i in range(n):  # each image whole, in its place
+        found = strip.crop((i * tile + 2, 17, i * tile + 2 + shown, 17 + shown)).resize((size, size), 0)
+        wanted = (images[i - n] / 2 + 0.5) * 255
+        assert (torch.tensor(np.array(found)).permute(2, 0, 1) - wanted).abs().max() <= 0.51
