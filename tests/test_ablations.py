@@ -191,4 +191,6 @@ def test_a_stop_ends_the_runs_and_nothing_is_kept(ablations, call, tmp_path, cap
     assert call("--keep", "kept/all") == 130
     thread.join()
     assert all((folder / "last.pt").exists() for folder in folders)  # saved as they were told to end
-    assert not list((tmp_path / "kept").iterdir()) and "call again to go on" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert not list((tmp_path / "kept").iterdir()) and "call again to go on" in told
+    assert "no run is finished" not in told and "status" not in told  # it ends there, without a table
