@@ -1,34 +1,38 @@
-"""Judges and scores: how well do generated images show what they were asked to show?
+"""Judges and scores: do generated images show what was requested?
 
-    python evaluator.py scenes --data data/iclevr   # train and cache a judge of i-CLEVR, print its accuracy
-    python evaluator.py digits --data drawn         # the same for the drawn digits; --also mnist reads others
-    python evaluator.py faces --data data/celeba    # the same for faces' attributes
+    python evaluator.py scenes --data data/iclevr    # train and cache a judge of i-CLEVR, print its accuracy
+    python evaluator.py digits --data synthetic      # of the synthetic digits; --also mnist tests it on others
+    python evaluator.py faces --data data/celeba     # of faces' attributes
 
-A judge is a classifier trained on real (or drawn) images whose held-out accuracy is printed with every score.
-Scripts train theirs when they first need it; their `--judge PATH` loads another, such as the course's.
-"FD (judge)" is the Fréchet distance on a judge's features. It is no FID: that is common/fid.py's.
+A judge is a classifier trained on real (or synthetic) images, whose held-out accuracy is printed with every
+score. A script trains its judge when it first needs one; its `--judge PATH` loads another, such as the i-CLEVR
+course's. "FD (judge)" is the Fréchet distance on a judge's features. It is not FID, which is common/fid.py's.
 """
-import argparse
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import rankdata
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from common.datasets import (Digits, Faces, LabelledScenes, load_digits, load_faces, load_iclevr, pick_digits,
-                             pick_source)
+from common.cli import Parser
+from common.datasets import Data, load_digits, load_faces, load_iclevr, to_float
 from common.fid import Inception, Moments, features, frechet_distance, load_inception
-from common.run import NotFinite, Parser, UserError, entry, pick_device, write_whole
+from common.run import Run
+from common.system import NotFinite, UserError, exit_status, pick_device, write_whole
 
 JUDGES = Path("data") / "judges"
-Sampler = Callable[[int, torch.Generator], torch.Tensor]  # (n, source of z) → images [n, C, S, S] in [-1, 1]
+# (how many, source of randomness) → images [n, C, S, S] in [-1, 1] and their requested labels, or None
+Sampler = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor | None]]
 
+
+# ---------------------------------------------------------------------- judges
 
 class JudgeNet(ResNet):
     """torchvision's ResNet-18 with sigmoid outputs: at width 64 the layout of the i-CLEVR course's evaluator.
@@ -64,134 +68,194 @@ class DigitNet(nn.Sequential):
 
 
 @dataclass
+class Kind:
+    """What a kind of data needs of its judge."""
+    net: type[nn.Module]
+    name: str
+    features: int  # per unit of width
+    batch: int  # training images a step
+    mirror: bool  # train on mirrored images too
+    loss: Callable  # (logits, target)
+    target: Callable  # (labels, data) → what the loss takes
+    measure: Callable  # (probabilities, labels, groups) → scores; labels None: without them
+    at_once: int  # images generated and scored at once
+
+
+@dataclass
 class Judge:
     """A trained classifier and what is known of it. Images are [N, C, H, W] in [-1, 1], on its device."""
     net: nn.Module
-    title: str  # "ResNet-18, held-out accuracy 0.987"
+    kind: Kind
+    title: str  # "ResNet-18 of width 64, held-out accuracy 0.9872"
     held_out: dict[str, float] | None  # its scores on images it was not trained on; None for a foreign one
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Probabilities [N, n_classes]."""
-        return torch.cat([self.net(_resize(part.float(), self.net.size)) for part in images.split(256)])
+        return torch.cat([self.net(to_size(part.float(), self.net.size)) for part in images.split(256)])
 
     def with_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities [N, n_classes], and the features [N, D] that the last layer takes."""
-        features = []
-        hook = self.net.fc.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+        """Probabilities [N, n_classes], and the features [N, D] before the last layer."""
+        found = []
+        hook = self.net.fc.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
         try:
-            return self(images), torch.cat(features)
+            return self(images), torch.cat(found)
         finally:
             hook.remove()
 
+    @torch.no_grad()
+    def read(self, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Moments]:
+        """Probabilities [N, n_classes], on the CPU, and the features' moments. NotFinite for NaN images."""
+        probabilities, moments = [], Moments()
+        for images in batches:
+            images = images.to(next(self.net.parameters()).device)
+            if not images.isfinite().all():
+                raise NotFinite("the generated images are not finite numbers")
+            found, vectors = self.with_features(images)
+            moments.update(vectors)
+            probabilities.append(found.cpu())
+        return torch.cat(probabilities), moments
 
-# ---------------------------------------------------------------------- i-CLEVR's scores
+    def moments(self, images: torch.Tensor) -> Moments:
+        """Moments of the features of real images, uint8 [N, C, S, S]."""
+        return self.read(to_float(part) for part in images.split(500))[1]
 
-def count_objects(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Accuracy as the i-CLEVR course defines it, and two stricter views of it.
 
-    scores [N, C] of a judge; labels [N, 3], ids padded with C. With k objects asked for in an image, those
-    among the judge's top k count as shown. Returns "accuracy" (shown ÷ asked for, over all images:
-    micro-averaged recall at k), "exact" (share of images with every object shown) and "accuracy_1" …
-    "accuracy_3" by number of objects.
+def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
+    """The judge that cfg.judge names: "auto" (trained on `data` and cached), "none", or a checkpoint's path."""
+    if cfg.judge == "none":
+        return None
+    path = Path(cfg.judge)
+    if cfg.judge == "auto":
+        path = JUDGES / f"{data.kind}-{data.digest}-w{cfg.judge_width}-{cfg.judge_steps}.pt"
+        if not path.is_file():
+            print(f"training a judge of {data.name}, once: width {cfg.judge_width}, {cfg.judge_steps} steps")
+            net, held_out = train_judge(data, cfg.judge_width, cfg.judge_steps, device)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = {"model": net.state_dict(), "held_out": held_out, "data": data.name}
+            write_whole(path, lambda p: torch.save(content, p))
+    judge = load_judge(path, data, device)
+    print(f"judge: {judge.title} ({path})")
+    return judge
+
+
+def load_judge(path: Path, data: Data, device: torch.device) -> Judge:
+    """A judge's checkpoint, {"model": weights of the kind's network, …}, like the i-CLEVR course's."""
+    if not path.is_file():
+        raise UserError(f"--judge {path}: no such file")
+    kind = KINDS[data.kind]
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        state = content["model"]
+        n_classes, n_features = state["fc.0.weight"].shape
+    except Exception as error:
+        raise UserError(f"--judge {path} is not a judge ({type(error).__name__}): it should hold key 'model' "
+                        f"with the weights of a {kind.name} whose fc is Linear and an activation") from None
+    if n_classes != len(data.classes):
+        raise UserError(f"--judge {path} has {n_classes} classes, the data has {len(data.classes)}: use a judge "
+                        "that was trained for this data")
+    width = n_features // kind.features
+    with torch.random.fork_rng():
+        net = kind.net(n_classes, width).to(device)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:120]
+        raise UserError(f"--judge {path} is not a {kind.name}: {reason}") from None
+    held_out = content.get("held_out")
+    known = f"held-out accuracy {held_out['accuracy']:.4f}" if held_out else "held-out accuracy not known"
+    return Judge(net.eval().requires_grad_(False), kind, f"{kind.name} of width {width}, {known}", held_out)
+
+
+def train_judge(data: Data, width: int, steps: int, device: torch.device) -> tuple[nn.Module, dict]:
+    """Train a judge on the data's training part; returns it with its scores on the held-out part.
+
+    The held-out images are used once, after training: nothing is chosen by them. AdamW under a one-cycle rate;
+    images are shifted, noised and, except digits, mirrored. The global random state is left alone.
     """
-    n_classes = scores.shape[1]
-    asked = labels < n_classes
-    k = asked.sum(1)
-    top = scores.topk(labels.shape[1]).indices
-    in_top_k = torch.arange(labels.shape[1], device=labels.device) < k[:, None]
-    shown = ((labels[:, :, None] == top[:, None, :]) & in_top_k[:, None, :]).any(2).sum(1)
-    result = {"accuracy": (shown.sum() / k.sum()).item(), "exact": (shown == k).float().mean().item()}
+    kind, (images, labels, test_images, test_labels) = KINDS[data.kind], data.split()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        net = kind.net(len(data.classes), width).to(device)
+        images, target = images.to(device), kind.target(labels, data).to(device)
+        opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=2e-3, total_steps=steps, pct_start=0.2)
+        head, net.fc = net.fc, net.fc[0]  # trained on logits
+        start, total, order = time.monotonic(), torch.zeros((), device=device), torch.randperm(0)
+        for step in range(1, steps + 1):
+            if len(order) < kind.batch:
+                order = torch.randperm(len(images)).to(device)
+            i, order = order[:kind.batch], order[kind.batch:]
+            loss = kind.loss(net(augment(to_size(to_float(images[i]), net.size), kind.mirror)), target[i])
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            schedule.step()
+            total += loss.detach()
+            if step % 250 == 0 or step == steps:
+                left = (time.monotonic() - start) / step * (steps - step)
+                mean = total.item() / (step % 250 or 250)
+                print(f"judge: step {step}/{steps}  loss {mean:.4f}  {left:.0f} s left", flush=True)
+                total.zero_()
+        net.fc = head
+        probabilities, _ = Judge(net.eval(), kind, "", None).read(to_float(x) for x in test_images.split(256))
+        scores = kind.measure(probabilities, test_labels, data.groups)
+        return net, {name: value for name, value in scores.items() if name.startswith(("accuracy", "exact"))}
+
+
+def to_size(images: torch.Tensor, size: int) -> torch.Tensor:
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def augment(x: torch.Tensor, mirror: bool) -> torch.Tensor:
+    """Shift each image by up to a sixteenth of its size, mirror it at random if wanted, add a little noise."""
+    n, _, h, w = x.shape
+    if mirror:
+        x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+    reach = h // 16
+    x = F.pad(x, (reach,) * 4, mode="replicate")
+    dy, dx = torch.randint(2 * reach + 1, (2, n, 1, 1), device=x.device)
+    rows, cols = dy + torch.arange(h, device=x.device)[:, None], dx + torch.arange(w, device=x.device)
+    x = x[torch.arange(n, device=x.device)[:, None, None], :, rows, cols].permute(0, 3, 1, 2)
+    return x + 0.02 * torch.randn_like(x)
+
+
+# ---------------------------------------------------------------------- measures of what a judge reads
+
+def count_objects(probabilities: torch.Tensor, labels: torch.Tensor, _groups: tuple = ()) -> dict[str, float]:
+    """Accuracy as the i-CLEVR course defines it, and stricter views of it.
+
+    probabilities [N, C]; labels [N, 3], ids padded with C. accuracy = requested objects found in the judge's
+    top k, over all requested (k: number of objects requested in that image); "exact": share of images with
+    all objects found; "accuracy_1" … "accuracy_3": by number of objects.
+    """
+    k = (labels < probabilities.shape[1]).sum(1)
+    top = probabilities.topk(labels.shape[1]).indices
+    in_top_k = torch.arange(labels.shape[1]) < k[:, None]
+    found = ((labels[:, :, None] == top[:, None, :]) & in_top_k[:, None, :]).any(2).sum(1)
+    result = {"accuracy": (found.sum() / k.sum()).item(), "exact": (found == k).float().mean().item()}
     for number in range(1, labels.shape[1] + 1):
         if (k == number).any():
-            result[f"accuracy_{number}"] = (shown[k == number].sum() / k[k == number].sum()).item()
+            result[f"accuracy_{number}"] = (found[k == number].sum() / k[k == number].sum()).item()
     return result
 
 
-@torch.no_grad()
-def score_sets(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_dim: int, judge: Judge,
-               sets: dict[str, torch.Tensor], draws: int, seed: int, device: torch.device) -> dict[str, dict]:
-    """Score images made for each list of label sets, over several draws of z.
-
-    sample(z [N, z_dim], labels [N, 3]) → images [N, 3, H, W] in [-1, 1]; sets: {name: labels [N, 3]}.
-    Returns {name: {score: (mean, std over draws)}}. Draw i uses the same z for one seed, whatever the device;
-    the global random state is left alone.
+def count_digits(probabilities: torch.Tensor, labels: torch.Tensor | None = None, _groups: tuple = ()) -> dict:
+    """How evenly the ten digits occur: "TV", the total-variation distance of their shares to uniform; "chi2",
+    Pearson's against uniform (9 degrees of freedom); "histogram", the shares [10]. With labels: "accuracy".
     """
-    results = {}
-    for name, labels in sets.items():
-        g = torch.Generator().manual_seed(seed)
-        labels, runs = labels.to(device), []
-        for _ in range(draws):
-            z = torch.randn(len(labels), z_dim, generator=g).to(device)
-            runs.append(count_objects(judge(sample(z, labels)), labels))
-        results[name] = {key: _mean_std([run[key] for run in runs]) for key in runs[0]}
-    return results
-
-
-def print_table(results: dict[str, dict], columns: list[str]) -> None:
-    """Rows of {column: (mean, standard deviation)} as mean ± standard deviation, "-": none."""
-    first = max(map(len, results)) + 2
-    print(" " * first + "".join(f"{c:>22}" for c in columns))
-    for name, scores in results.items():
-        cells = [f"{scores[c][0]:.4f} ± {scores[c][1]:.4f}" if c in scores else "-" for c in columns]
-        print(f"{name:<{first}}" + "".join(f"{c:>22}" for c in cells))
-
-
-# ---------------------------------------------------------------------- digits' scores
-
-@torch.no_grad()
-def look(judge: Judge, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Moments]:
-    """Of images in [-1, 1] the judge's probabilities [N, n_classes], on the CPU, and features' moments."""
-    seen, moments = [], Moments()
-    for images in batches:
-        if not images.isfinite().all():
-            raise NotFinite("generated images are not finite numbers")
-        probabilities, vectors = judge.with_features(images)
-        moments.update(vectors)
-        seen.append(probabilities.cpu())
-    return torch.cat(seen), moments
-
-
-def real_moments(judge: Judge, images: torch.Tensor, device: torch.device) -> Moments:
-    """Moments of the judge's features of real images, uint8 [N, C, S, S]."""
-    return look(judge, (part.to(device) / 127.5 - 1 for part in images.split(500)))[1]
-
-
-@torch.no_grad()
-def score_digits(sample: Sampler, judge: Judge, real: Moments, n: int, draws: int,
-                 seed: int) -> dict[str, tuple]:
-    """Score n generated digits, over several draws of z.
-
-    Returns {score: (mean, std over draws)}: "FD (judge)" to the real images; of the classes the judge
-    sees "chi2" (Pearson's, against uniform, 9 degrees of freedom) and "TV" (total-variation distance to
-    uniform); "histogram": (10 mean shares, their stds). Draw i is the same z for one seed, whatever the
-    device; the global random state is left alone.
-    """
-    g, runs = torch.Generator().manual_seed(seed), []
-    for _ in range(draws):
-        seen, moments = look(judge, (sample(min(500, n - i), g) for i in range(0, n, 500)))
-        counts = seen.argmax(1).bincount(minlength=10).double()
-        runs.append({"FD (judge)": distance(real, moments), "histogram": counts / n} | count_digits(counts))
-    return {key: _mean_std([run[key] for run in runs]) for key in runs[0]}
-
-
-def distance(a: Moments, b: Moments) -> float:
-    """Fréchet distance of two sets of features: FID where they are those of FID's network."""
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-
-
-def count_digits(counts: torch.Tensor) -> dict[str, float]:
-    """How far from uniform counts [10] of digits are: Pearson's "chi2"; "TV", half the sum of |p - 1/10|."""
+    counts = probabilities.argmax(1).bincount(minlength=10).double()
     n = counts.sum()
-    return {"chi2": ((counts - n / 10).square().sum() / (n / 10)).item(),
-            "TV": ((counts / n - 0.1).abs().sum() / 2).item()}
+    right = {} if labels is None else {"accuracy": (probabilities.argmax(1) == labels).float().mean().item()}
+    return right | {"chi2": ((counts - n / 10).square().sum() / (n / 10)).item(),
+                    "TV": ((counts / n - 0.1).abs().sum() / 2).item(), "histogram": counts / n}
 
-
-# ---------------------------------------------------------------------- attributes' scores
 
 def decide(probabilities: torch.Tensor, groups: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    """Probabilities [N, A] as attributes [N, A] of 0 and 1: of each group, columns of which exactly one is 1,
-    the likeliest; without groups each for itself, from 0.5 on.
+    """Probabilities [N, A] → attributes [N, A] of 0 and 1: the likeliest of each group; without groups, each
+    attribute from 0.5 on.
     """
     if not groups:
         return (probabilities >= 0.5).long()
@@ -199,168 +263,107 @@ def decide(probabilities: torch.Tensor, groups: tuple[tuple[int, ...], ...]) -> 
     return torch.cat(likeliest, 1)
 
 
-def count_attributes(probabilities: torch.Tensor, labels: torch.Tensor,
+def count_attributes(probabilities: torch.Tensor, labels: torch.Tensor | None,
                      groups: tuple[tuple[int, ...], ...]) -> dict:
-    """How far what a judge sees agrees with labels [N, A].
-
-    Returns "accuracy" (mean over the groups or, without, the attributes), "exact" (share of images with all
-    of them right) and "by attribute" (accuracy of each, or of each group).
+    """Agreement with labels [N, A]: "accuracy" (mean over the groups or, without, the attributes), "exact"
+    (share of images with all right), "by attribute" (accuracy of each attribute or group). {} without labels.
     """
+    if labels is None:
+        return {}
     agree = decide(probabilities, groups) == labels
     right = torch.stack([agree[:, list(c)].all(1) for c in groups], 1) if groups else agree
     right = right.double()
-    exact = right.prod(1).mean().item()
-    return {"accuracy": right.mean().item(), "exact": exact, "by attribute": right.mean(0)}
+    return {"accuracy": right.mean().item(), "exact": right.prod(1).mean().item(), "by attribute": right.mean(0)}
 
 
-@torch.no_grad()
-def score_faces(sample: Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]], judge: Judge,
-                real: Moments, groups: tuple[tuple[int, ...], ...], n: int, draws: int,
-                seed: int) -> dict[str, tuple]:
-    """Score n generated faces, over several draws; sample(k, generator) → images, labels asked for [k, A].
-
-    Returns {score: (mean, std over draws)}: "FD (judge)" to the real images, and those of count_attributes.
-    """
-    g, runs = torch.Generator().manual_seed(seed), []
-    for _ in range(draws):
-        labels = []
-
-        def images(k: int) -> torch.Tensor:
-            made, asked = sample(k, g)
-            labels.append(asked.cpu())
-            return made
-        seen, moments = look(judge, (images(min(250, n - i)) for i in range(0, n, 250)))
-        runs.append({"FD (judge)": distance(real, moments)}
-                    | count_attributes(seen, torch.cat(labels), groups))
-    return {key: _mean_std([run[key] for run in runs]) for key in runs[0]}
-
-
-@torch.no_grad()
-def score_distance(sample: Sampler, judge: Judge, real: Moments, n: int, draws: int,
-                   seed: int) -> tuple[float, float]:
-    """FD (judge) of n generated images to real ones: mean and std over draws of z."""
-    g = torch.Generator().manual_seed(seed)
-    return _mean_std([distance(real, look(judge, (sample(min(250, n - i), g) for i in range(0, n, 250)))[1])
-                      for _ in range(draws)])
-
-
-def attribute_names(data: Faces) -> list[str]:
+def attribute_names(data: Data) -> list[str]:
     """What count_attributes' "by attribute" is of: each attribute, or each group as "first … last"."""
     if not data.groups:
         return list(data.classes)
     return [f"{data.classes[columns[0]]} … {data.classes[columns[-1]]}" for columns in data.groups]
 
 
-# ---------------------------------------------------------------------- what InfoGAN's codes mean
+KINDS = {
+    "scenes": Kind(JudgeNet, "ResNet-18", 8, 32, True, F.binary_cross_entropy_with_logits,
+                   lambda ids, data: F.one_hot(ids, len(data.classes) + 1)[..., :-1].sum(1).float(),
+                   count_objects, 500),
+    "digits": Kind(DigitNet, "digit CNN", 2, 64, False, F.cross_entropy, lambda labels, _: labels,
+                   count_digits, 500),
+    "faces": Kind(JudgeNet, "ResNet-18", 8, 32, True, F.binary_cross_entropy_with_logits,
+                  lambda labels, _: labels, count_attributes, 250),
+}
+
 
 def match(codes: torch.Tensor, digits: torch.Tensor,
           n_categories: int) -> tuple[list[int], float, torch.Tensor]:
-    """How categories [N] and digits [N] agree, under the one-to-one assignment that makes them agree most.
+    """Match categories [N] one-to-one to digits [N] so that they agree most often.
 
-    Returns the digit of each category (-1: none is left for it), the share of N on which they agree, and each
-    category's purity [n_categories], the share of its commonest digit.
+    Returns the digit of each category (-1: none is left), the share of N that agrees ("code → digit"), and
+    each category's purity [n_categories], the share of its most frequent digit.
     """
     counts = torch.zeros(n_categories, 10).index_put_((codes, digits), torch.ones(1), accumulate=True)
     rows, columns = linear_sum_assignment(counts.numpy(), maximize=True)
-    assigned = dict(zip(rows.tolist(), columns.tolist()))
+    assigned = dict(zip(rows.tolist(), columns.tolist(), strict=True))
     agree = counts[rows, columns].sum() / len(codes)
     purity = counts.max(1).values / counts.sum(1).clamp(min=1)
     return [assigned.get(k, -1) for k in range(n_categories)], agree.item(), purity
 
 
-def score_category(sample: Callable[[torch.Tensor, torch.Generator], torch.Tensor], n_categories: int,
-                   judge: Judge, n: int, draws: int, seed: int) -> dict:
-    """What the judge sees in n images, each category as often; sample(category [k], generator) → images.
+# ---------------------------------------------------------------------- scores of generated images
 
-    Returns "accuracy" of code → digit (mean, std over draws), "purity" of each code ([means], [stds]) and
-    "digit" of each code in the last draw, by `match`.
-    """
-    g, accuracy, purity = torch.Generator().manual_seed(seed), [], []
-    category = torch.arange(n) % n_categories
-    for _ in range(draws):
-        found = torch.cat([judge(sample(part, g)).argmax(1).cpu() for part in category.split(500)])
-        digit, agree, pure = match(category, found, n_categories)
-        accuracy.append(agree)
-        purity.append(pure)
-    return {"accuracy": _mean_std(accuracy), "purity": _mean_std(purity), "digit": digit}
+@torch.no_grad()
+def score(sample: Sampler, judge: Judge, n: int, draws: int, seed: int, groups: tuple = (),
+          real: Moments | None = None) -> dict[str, tuple]:
+    """Score n generated images over several draws of z: {score: (mean, standard deviation over draws)}.
 
-
-def slant_and_width(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of digits [N, 1, S, S] in [-1, 1], white on black: slant [N] and stroke width [N] in pixels of 28.
-
-    Slant: how far the ink leans to the right per unit of height, from second moments, -μ11 / μ02. Width: ink
-    over half the total variation, since a stroke of length l and width w has ink l·w and edges of length 2l.
-    NaN where there is no ink.
-    """
-    ink = images[:, 0].double() / 2 + 0.5
-    at = torch.arange(ink.shape[-1], dtype=ink.dtype, device=ink.device)
-    mass = ink.sum((1, 2))
-    x, y = (ink.sum(1) * at).sum(1) / mass, (ink.sum(2) * at).sum(1) / mass
-    x, y = at - x[:, None], at - y[:, None]
-    slant = -torch.einsum("nyx,nx,ny->n", ink, x, y) / torch.einsum("nyx,ny->n", ink, y.square())
-    padded = F.pad(ink, (1, 1, 1, 1))
-    edge = ((padded[:, 1:, :-1] - padded[:, :-1, :-1]).square()
-            + (padded[:, :-1, 1:] - padded[:, :-1, :-1]).square()).sqrt().sum((1, 2))
-    return slant, 2 * mass / edge * 28 / ink.shape[-1]
-
-
-def score_continuous(make: Callable[..., torch.Tensor], z_dim: int, n_categories: int, n_continuous: int,
-                     draws: int, seed: int, ways: int = 200, steps: int = 11) -> dict[str, tuple]:
-    """What each continuous code moves: Spearman's correlation with slant and with stroke width, and how far.
-
-    make(z, category, continuous) → images. Along each of `ways` ways the code goes from -1 to 1 in `steps`
-    while noise, category and other codes stay. Returned are the means over the ways of the correlation within
-    a way, "code 1 ~ slant", and of the change from its one end to the other, "code 1: change of slant" (a
-    correlation can be high of next to no change); each as (mean, std over draws).
+    The scores are what the judge's kind measures and, with `real`, "FD (judge)" to those images. Draw i has
+    the same z for one seed, whatever the device; the global random state is left alone.
     """
     g, runs = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
-        runs.append({})
-        for c in range(n_continuous):
-            z, other = (torch.rand(ways, d, generator=g) * 2 - 1 for d in (z_dim, n_continuous))
-            category = torch.arange(ways) % n_categories
-            measured = []
-            for value in torch.linspace(-1, 1, steps):
-                codes = other.clone()
-                codes[:, c] = value
-                measured.append(torch.stack(slant_and_width(make(z, category, codes).cpu())))
-            for name, values in zip(("slant", "width"), torch.stack(measured, 2)):  # each [ways, steps]
-                rho = spearman(torch.arange(steps).expand(ways, -1), values)
-                runs[-1][f"code {c + 1} ~ {name}"] = rho.mean().item()
-                runs[-1][f"code {c + 1}: change of {name}"] = (values[:, -1] - values[:, 0]).nanmean().item()
-    return {key: _mean_std([run[key] for run in runs]) for key in runs[0]}
+        labels = []
+
+        def images(labels=labels) -> Iterator[torch.Tensor]:
+            for i in range(0, n, judge.kind.at_once):
+                x, y = sample(min(judge.kind.at_once, n - i), g)
+                labels.append(y)
+                yield x
+        probabilities, moments = judge.read(images())
+        requested = None if labels[0] is None else torch.cat(labels).cpu()
+        found = {"FD (judge)": distance(real, moments)} if real else {}
+        runs.append(found | judge.kind.measure(probabilities, requested, groups))
+    return {key: mean_std([run[key] for run in runs]) for key in runs[0]}
 
 
-def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Spearman's rank correlation [...] of [..., N] with [..., N]; 0 where one is constant or has a NaN."""
-    a, b = (torch.from_numpy(rankdata(x.numpy(), axis=-1, nan_policy="propagate")) for x in (a, b))
-    a, b = (x - x.mean(-1, keepdim=True) for x in (a, b))
-    return ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).nan_to_num(0)
+def score_sets(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_dim: int, judge: Judge,
+               sets: dict[str, torch.Tensor], draws: int, seed: int) -> dict[str, tuple]:
+    """Score images made for each list of label sets, {name: labels [N, 3]}, as `score` does.
 
-
-def score_reading(read: tuple[torch.Tensor, torch.Tensor], data: Digits) -> dict[str, tuple[float, float]]:
-    """How well Q's reading of the test images, categories [N] and codes [N, C], recovers the true factors.
-
-    Returns {"Q's category → class": (share, 0), "Q's code 1 ~ slant": (Spearman's correlation, 0), …}; the
-    correlations are means of those within each class.
+    sample(z [N, z_dim], labels [N, 3]) → images [N, 3, H, W] in [-1, 1]. Returns {"accuracy NAME": (mean, std
+    over draws), "exact NAME": …}, with the scores of count_objects.
     """
-    category, codes = read
-    result = {"Q's category → class": (match(category, data.test_labels, int(category.max()) + 1)[1], 0.0)}
-    for c in range(codes.shape[1]):
-        for name in ("slant", "width"):
-            rho = [spearman(codes[data.test_labels == d, c], data.test_factors[name][data.test_labels == d])
-                   for d in data.test_labels.unique()]
-            result[f"Q's code {c + 1} ~ {name}"] = (torch.stack(rho).mean().item(), 0.0)
-    return result
+    results = {}
+    for name, labels in sets.items():
+        left = list(labels.split(judge.kind.at_once)) * draws
+
+        def make(n: int, g: torch.Generator, left=left) -> tuple[torch.Tensor, torch.Tensor]:
+            part = left.pop(0)
+            return sample(torch.randn(n, z_dim, generator=g), part), part
+        found = score(make, judge, len(labels), draws, seed)
+        results |= {f"{measure} {name}": value for measure, value in found.items()}
+    return results
 
 
-# ---------------------------------------------------------------------- FID
+def distance(a: Moments, b: Moments) -> float:
+    """Fréchet distance of two sets of features; FID if they are those of FID's network."""
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+
 
 def get_inception(weights: str, device: torch.device) -> Inception | None:
-    """FID's network as --fid-weights names it; None, with a line saying why, where "auto" can't have it."""
+    """FID's network as --fid-weights names it; None, with a line that says why, if "auto" can't have it."""
     if weights == "none" or weights == "auto" and device.type == "cpu":
         if weights == "auto":
-            print("FID: not measured on a CPU unless --fid-weights names its network's file")
+            print("FID: not measured on a CPU unless --fid-weights names the file of its network")
         return None
     try:
         return load_inception(weights, device)
@@ -384,181 +387,72 @@ def score_fid(sample: Sampler, net: Inception, real: torch.Tensor, n: int, draws
         return result
 
     reference = moments(part.to(device) for part in real.split(100))
-    return _mean_std([distance(reference, moments(sample(min(100, n - i), g) for i in range(0, n, 100)))
-                      for _ in range(draws)])
+    return mean_std([distance(reference, moments(sample(min(100, n - i), g)[0] for i in range(0, n, 100)))
+                     for _ in range(draws)])
 
 
-def _mean_std(values: list) -> tuple:
+def mean_std(values: list) -> tuple:
     """Mean and standard deviation over the first axis, as numbers or lists; of one value the latter is 0."""
     values = torch.as_tensor(values) if not isinstance(values[0], torch.Tensor) else torch.stack(values)
     std = values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
     return values.mean(0).tolist(), std.tolist()
 
 
-# ---------------------------------------------------------------------- judges
+def report(run: Run, data: Data, judge: Judge, scores: dict[str, dict], columns: list[str]) -> None:
+    """Print the columns of scores {row: {score: (mean, std)}} as a table; write all of them to scores.json.
 
-def get_judge(choice: str, data: LabelledScenes | Digits | Faces, width: int, steps: int,
-              device: torch.device) -> Judge | None:
-    """The judge that --judge names: "auto" (trained on `data` and cached), "none", or a checkpoint's path."""
-    if choice == "none":
-        return None
-    if choice != "auto":
-        return load_judge(Path(choice), data, device)
-    path = JUDGES / f"{data.kind}-{data.digest}-w{width}-{steps}.pt"
-    if path.is_file():
-        return load_judge(path, data, device)
-    print(f"training a judge of {data.name}, once: width {width}, {steps} steps, kept as {path}")
-    net, held_out = train_judge(data, width, steps, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"model": net.state_dict(), "width": width, "held_out": held_out, "data": data.name}
-    write_whole(path, lambda p: torch.save(content, p))
-    return load_judge(path, data, device)
-
-
-NETS = {"scenes": (JudgeNet, 8, "ResNet-18"), "digits": (DigitNet, 2, "digit CNN"),
-        "faces": (JudgeNet, 8, "ResNet-18")}  # features: n · width
-
-
-def load_judge(path: Path, data: LabelledScenes | Digits | Faces, device: torch.device) -> Judge:
-    """A judge's checkpoint: {"model": weights of a JudgeNet or DigitNet, …}, as the i-CLEVR course's is."""
-    if not path.is_file():
-        raise UserError(f"--judge {path}: there is no such file")
-    Net, times, kind = NETS[data.kind]
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        state = content["model"]
-        found, features = state["fc.0.weight"].shape
-    except Exception as error:
-        raise UserError(f"--judge {path} is not a judge ({type(error).__name__}): it should hold key 'model' "
-                        f"with the weights of a {kind} whose fc is Linear and an activation") from None
-    if found != len(data.classes):
-        raise UserError(f"--judge {path} tells {found} classes apart, the data has {len(data.classes)}: "
-                        "use a judge that was trained for this data")
-    with torch.random.fork_rng():
-        net = Net(found, features // times).to(device)
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:120]
-        raise UserError(f"--judge {path} is no {kind}: {reason}") from None
-    held_out = content.get("held_out")
-    told = f"held-out accuracy {held_out['accuracy']:.4f}" if held_out else "held-out accuracy not known"
-    told += "" if held_out else f" ({path.name})"
-    return Judge(net.eval().requires_grad_(False), f"{kind} of width {features // times}, {told}", held_out)
-
-
-def train_judge(data: LabelledScenes | Digits | Faces, width: int, steps: int,
-                device: torch.device) -> tuple[nn.Module, dict]:
-    """Train a judge of the data's kind; returns it with its scores on images it was not trained on.
-
-    Scenes: on nine tenths of the scenes; digits and faces: on the training set, tested on the test set. All
-    but digits are mirrored at random. The held-out images are looked at once, after training: nothing is
-    chosen by them. The global random state is left alone.
+    Its "summary" is the last row's columns: that of the checkpoint loaded last, which pictures show, too.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        net = NETS[data.kind][0](len(data.classes), width).to(device)
-        judge = Judge(net, "", None)
-
-        def scores(images: torch.Tensor) -> torch.Tensor:
-            return torch.cat([judge(part.to(device) / 127.5 - 1).cpu() for part in images.split(256)])
-
-        if isinstance(data, Faces):
-            target = data.labels.float()
-            fit_judge(net, data.images, target, F.binary_cross_entropy_with_logits, steps, 32, True)
-            found = count_attributes(scores(data.test_images), data.test_labels, data.groups)
-            return net, {"accuracy": found["accuracy"], "exact": found["exact"]}
-        if isinstance(data, Digits):
-            fit_judge(net, data.images, data.labels, F.cross_entropy, steps, 64, False)
-            right = scores(data.test_images).argmax(1) == data.test_labels
-            return net, {"accuracy": right.float().mean().item()}
-        if len(data.scene.unique()) < 10:
-            raise UserError(f"{data.name} has fewer than 10 scenes, too few for a judge: use --judge none")
-        test = data.held_out()
-        target = F.one_hot(data.labels, len(data.classes) + 1)[..., :-1].sum(1).float()
-        fit_judge(net, data.images[~test], target[~test], F.binary_cross_entropy_with_logits, steps, 32, True)
-        return net, count_objects(scores(data.images[test]), data.labels[test])
-
-
-def fit_judge(net: nn.Module, images: torch.Tensor, target: torch.Tensor, criterion: Callable, steps: int,
-              batch: int, mirror: bool) -> None:
-    """Train net on uint8 images [N, C, H, W]: AdamW under a one-cycle rate, images shifted and grained."""
-    device = net.fc[0].weight.device
-    images, target = images.to(device), target.to(device)
-    opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=2e-3, total_steps=steps, pct_start=0.2)
-    head, net.fc = net.fc, net.fc[0]  # trained on logits
-    start, total = time.monotonic(), torch.zeros((), device=device)
-    order = torch.randperm(0)
-    for step in range(1, steps + 1):
-        if len(order) < batch:
-            order = torch.randperm(len(images)).to(device)
-        i, order = order[:batch], order[batch:]
-        x = _augment(_resize(images[i].float() / 127.5 - 1, net.size), mirror)
-        loss = criterion(net(x), target[i])
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        schedule.step()
-        total += loss.detach()
-        if step % 250 == 0 or step == steps:
-            left = (time.monotonic() - start) / step * (steps - step)
-            mean = total.item() / (step % 250 or 250)
-            print(f"judge: step {step}/{steps}  loss {mean:.4f}  {left:.0f} s left", flush=True)
-            total.zero_()
-    net.fc = head
-    net.eval()
-
-
-def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-
-
-def _augment(x: torch.Tensor, mirror: bool) -> torch.Tensor:
-    """Shift each image by up to a sixteenth of its size, mirror it or not, add a little grain."""
-    n, _, h, w = x.shape
-    if mirror:
-        x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
-    reach = h // 16
-    x = F.pad(x, (reach,) * 4, mode="replicate")
-    dy, dx = torch.randint(2 * reach + 1, (2, n, 1, 1), device=x.device)
-    rows, cols = dy + torch.arange(h, device=x.device)[:, None], dx + torch.arange(w, device=x.device)
-    x = x[torch.arange(n, device=x.device)[:, None, None], :, rows, cols].permute(0, 3, 1, 2)
-    return x + 0.02 * torch.randn_like(x)
+    cfg, images = run.cfg, ""
+    about = {"data": data.name, "judge": judge.title, "judge_held_out": judge.held_out, "draws": cfg.eval_draws,
+             "seed": run.trained_seed}
+    if data.test_images is not None:
+        about |= {"n_real": len(data.test_images), "n_fake": cfg.eval_images}
+        images = f"{cfg.eval_images:,} generated and {len(data.test_images):,} held-out images, "
+    print(f"\n{run.folder}: {data.name}, {images}{cfg.eval_draws} draws of z; judge: {judge.title}")
+    rows = {f"{name}.pt (step {row['step']})" if "step" in row else name: row for name, row in scores.items()}
+    columns = [c for c in columns if any(c in row for row in rows.values())]
+    first = max(map(len, rows)) + 2
+    print(" " * first + "".join(f"{c:>22}" for c in columns))
+    for name, row in rows.items():
+        cells = [f"{row[c][0]:.4f} ± {row[c][1]:.4f}" if c in row else "-" for c in columns]
+        print(f"{name:<{first}}" + "".join(f"{c:>22}" for c in cells))
+    summary = {c: row[c] for c in columns if c in row}
+    run.write_scores(about | scores | {"summary": summary})
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=form)
-    parser.add_argument("kind", choices=list(NETS), help="what the judge is to know")
-    parser.add_argument("--data", default="auto", help="auto, drawn, mnist (digits), or the set's folder")
-    parser.add_argument("--image-size", type=int, help="the size they are loaded at (default: 64, digits 32)")
-    parser.add_argument("--judge-width", type=int, default=64, help="64 is ResNet-18; less is faster")
+    parser = Parser(description=__doc__)
+    parser.add_argument("kind", choices=list(KINDS), help="what the judge classifies")
+    parser.add_argument("--data", default="auto", help="auto, synthetic, mnist (digits), or the set's folder")
+    parser.add_argument("--image-size", type=int, help="size the images are loaded at (default: 64, digits 32)")
+    parser.add_argument("--judge-width", type=int, default=64, help="64 is ResNet-18; narrower ones are faster")
     parser.add_argument("--judge-steps", type=int, default=5000, help="training steps")
-    parser.add_argument("--also", help="another set of digits to read: its --data")
+    parser.add_argument("--also", help="--data of another set of digits to test it on")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args()
-    size = args.image_size or NETS[args.kind][0].size
+    size = args.image_size or KINDS[args.kind].net.size
     if min(size, args.judge_width, args.judge_steps) < 1:
         raise UserError("--image-size, --judge-width and --judge-steps must be at least 1")
-    device = pick_device(args.device)
     if args.also and args.kind != "digits":
         raise UserError("--also is for digits")
-    if args.kind == "digits":
-        data = load_digits(pick_digits(args.data), size)
-    elif args.kind == "faces":
-        data = load_faces(pick_source(args.data, "data/celeba"), size)
-    else:
-        data = load_iclevr(pick_source(args.data, "data/iclevr"), size)
-    judge = get_judge("auto", data, args.judge_width, args.judge_steps, device)
-    print(f"{data.name}: {judge.title}; " + ", ".join(f"{k} {v:.4f}" for k, v in judge.held_out.items()))
+    device = pick_device(args.device)
+
+    def load(source: str) -> Data:
+        cfg = SimpleNamespace(data=source, image_size=size, n_scenes=6003, attributes="", crop=0,
+                              skip_bad_images=False, n_synthetic=60_000 if args.kind == "digits" else 10_000)
+        loader = {"scenes": load_iclevr, "faces": load_faces}.get(args.kind)
+        return loader(cfg) if loader else load_digits(cfg, size)
+
+    args.judge = "auto"
+    judge = get_judge(args, load(args.data), device)
+    print(", ".join(f"{k} {v:.4f}" for k, v in judge.held_out.items()))
     if args.also:
-        other = load_digits(pick_digits(args.also), size)
-        right = judge((other.test_images / 127.5 - 1).to(device)).argmax(1).cpu() == other.test_labels
-        print(f"{len(right)} test images of {other.name}: accuracy {right.float().mean():.4f}")
+        other = load(args.also)
+        probabilities, _ = judge.read(to_float(x) for x in other.test_images.split(500))
+        accuracy = count_digits(probabilities, other.test_labels)["accuracy"]
+        print(f"{len(other.test_images):,} test images of {other.name}: accuracy {accuracy:.4f}")
 
 
 if __name__ == "__main__":
-    entry(main)
+    sys.exit(exit_status(main))

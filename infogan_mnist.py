@@ -1,19 +1,17 @@
-"""InfoGAN on MNIST: codes that come to mean digit, slant and stroke width without a label (Chen et al. 2016).
+"""InfoGAN on MNIST: codes that learn digit, slant and stroke width without labels (Chen et al. 2016).
 
     python infogan_mnist.py --quick                          # minutes on two CPU cores
     python infogan_mnist.py --iters 70000                    # 150 epochs at 64×64, one GPU
-    python infogan_mnist.py --sweep seed=0,1,2 --ch 16 --image-size 32
-    python infogan_mnist.py --resume runs/infogan_mnist      # go on; --sample and --eval take a run too
+    python infogan_mnist.py --resume runs/infogan_mnist      # continue; --sample and --eval take a run too
+    python benchmarks/sweep.py infogan_mnist.py seed=0,1,2 -- --ch 16 --image-size 32
 
-Measured so far on a CPU (AMD EPYC; see results/), real MNIST, 32×32, width 16, 6,000 iterations of 64 images:
-code → digit 0.59 ± 0.04 over three seeds, a code that thickens (Spearman's correlation with the stroke width
-0.90 ± 0.11). The full size has not been run yet; the paper has 0.95.
+Results, with commands and hardware: results/README.md.
 """
-import copy
-import json
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -21,46 +19,45 @@ import torch.nn.functional as F
 from torch import nn
 
 import evaluator
-from common import losses, run
-from common.blocks import init_dcgan
-from common.datasets import Batches, Digits, load_digits, pick_digits
+from common import losses
+from common.blocks import Average, frozen, init_dcgan
+from common.cli import Settings
+from common.datasets import Batches, Data, load_digits, to_float
+from common.pictures import save_grid
+from common.run import Run, launch
+from common.system import UserError
+from synthetic.digits import code_effects, spearman
 
 
 @dataclass
-class Config:
+class Config(Settings):
     iters: int = 70_000  # iterations, 150 epochs; one is a step of D and one of G and Q
     batch_size: int = 128  # images a step
-    lr_g: float = 1e-3  # Adam's rate for G and Q
-    lr_d: float = 2e-4  # Adam's rate for D and the shared body
+    lr_g: float = 1e-3  # Adam's learning rate for G and Q
+    lr_d: float = 2e-4  # Adam's learning rate for D and the shared body
     z_dim: int = 62  # dimensions of the noise z ~ U(-1, 1)
     ch: int = 64  # width: feature maps of the layers nearest the image
     image_size: Literal[32, 64] = 64  # height and width of the images
     ema: float = 0.0  # decay of the averaged G that is sampled and scored; 0: G itself
-    data: str = "auto"  # auto (MNIST if it can be had, else drawn), mnist, drawn, or the folder of MNIST/raw
-    n_drawn: int = 60_000  # drawn digits to train on
-    out: str = ""  # folder of the run; empty: runs/infogan_mnist
-    seed: int = 0  # of weights, noise and the order of batches
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the networks
-    deterministic: bool = False  # the same bits on every CUDA run, a little slower
-    log_every: int = 100  # iterations between rows of metrics.csv
-    sample_every: int = 500  # iterations between pictures
-    eval_every: int = 1000  # iterations between scores; the best is kept as best.pt
-    save_every: int = 1000  # iterations between checkpoints
-    judge: str = "auto"  # auto (trained once and cached), none, or a checkpoint
-    judge_width: int = 64  # width of the judge trained by auto
-    judge_steps: int = 5000  # its training steps, of 64 images each
-    eval_images: int = 10_000  # generated images a score is measured on
-    eval_draws: int = 3  # draws of z that a score is the mean of
+    data: str = "auto"  # auto (MNIST if available, else synthetic), mnist, synthetic, or the folder of MNIST/raw
+    n_synthetic: int = 60_000  # synthetic digits to train on
+    eval_images: int = 10_000  # generated images per draw that are scored
+    eval_draws: int = 3  # draws of z averaged per score
     fid_weights: str = "auto"  # FID's network: auto (on a GPU, found or downloaded), none, or its file
-    category: int = 0  # the one that --sample draws alone
-    # the method
+    category: int = 0  # the one that category_K_code_C.png shows
     n_categories: int = 10  # values of the categorical code, a one-hot vector
     n_continuous: int = 2  # continuous codes, each U(-1, 1)
-    q_weight: float = 0.1  # weight of the continuous codes' likelihood
+    q_weight: float = 0.1  # weight of the continuous codes' negative log-likelihood
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_categories < 2:
+            raise UserError(f"--n-categories {self.n_categories}: must be at least 2")
+        if self.category >= self.n_categories:
+            raise UserError(f"--category {self.category}: the categories are 0 to {self.n_categories - 1}")
 
 
-# at width 16 the full job's rates let G fall back on one image a category
+# at width 16 the full run's rates let G collapse to one image per category in one trial
 QUICK = dict(iters=2000, batch_size=64, lr_d=5e-4, ch=16, image_size=32, log_every=50, sample_every=100,
              eval_every=500, save_every=500, judge_steps=1000, eval_images=2000, q_weight=0.3)
 
@@ -68,40 +65,48 @@ QUICK = dict(iters=2000, batch_size=64, lr_d=5e-4, ch=16, image_size=32, log_eve
 # ---------------------------------------------------------------------- networks
 
 def widths(ch: int, image_size: int) -> list[int]:
-    """Feature maps at 4×4, 8×8, … up to half the image's size: 8, 4, 2, 1 times ch at 64×64."""
-    return [2**k * ch for k in reversed(range((image_size // 4).bit_length() - 1))]
+    """Feature maps at half the image's size, a quarter, … down to 4×4; at 64: 1, 2, 4, 8 times ch."""
+    return [2**k * ch for k in range((image_size // 4).bit_length() - 1)]
 
 
-def generator(code: int, ch: int, image_size: int) -> nn.Sequential:
+class Generator(nn.Sequential):
     """Noise, one-hot category and continuous codes [B, code] → images [B, 1, S, S] in [-1, 1]."""
-    def up(i: int, o: int, stride: int, padding: int) -> list[nn.Module]:
-        return [nn.ConvTranspose2d(i, o, 4, stride, padding, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    w = widths(ch, image_size)
-    layers = [layer for i, o in zip(w, w[1:]) for layer in up(i, o, 2, 1)]
-    return nn.Sequential(nn.Unflatten(1, (code, 1, 1)),
+
+    def __init__(self, code: int, ch: int, image_size: int):
+        def up(i: int, o: int, stride: int, padding: int) -> list[nn.Module]:
+            return [nn.ConvTranspose2d(i, o, 4, stride, padding, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+        w = widths(ch, image_size)[::-1]
+        layers = [layer for i, o in pairwise(w) for layer in up(i, o, 2, 1)]
+        super().__init__(nn.Unflatten(1, (code, 1, 1)),
                          *up(code, w[0], 1, 0),  # [B, 8·ch, 4, 4]
                          *layers,  # [B, 4·ch, 8, 8], [B, 2·ch, 16, 16], [B, ch, 32, 32]
                          nn.ConvTranspose2d(ch, 1, 4, 2, 1, bias=False), nn.Tanh())  # [B, 1, 64, 64]
+        init_dcgan(self)
 
 
-def shared_body(ch: int, image_size: int) -> nn.Sequential:
-    """images [B, 1, S, S] → what D's and Q's heads both read, [B, 8·ch, 4, 4] (at 32×32: 4·ch)."""
-    act = nn.LeakyReLU(0.2)
+class Body(nn.Sequential):
+    """images [B, 1, S, S] → the features that D's and Q's heads share, [B, 8·ch, 4, 4] (at 32×32: 4·ch)."""
 
-    def down(i: int, o: int) -> list[nn.Module]:
-        return [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), act]
-    w = widths(ch, image_size)[::-1]
-    return nn.Sequential(nn.Conv2d(1, ch, 4, 2, 1, bias=False), act,  # [B, ch, 32, 32]
-                         *(layer for i, o in zip(w, w[1:]) for layer in down(i, o)))
+    def __init__(self, ch: int, image_size: int):
+        act = nn.LeakyReLU(0.2)
+
+        def down(i: int, o: int) -> list[nn.Module]:
+            return [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), act]
+        super().__init__(nn.Conv2d(1, ch, 4, 2, 1, bias=False), act,  # [B, ch, 32, 32]
+                         *(layer for i, o in pairwise(widths(ch, image_size)) for layer in down(i, o)))
+        init_dcgan(self)
 
 
-def d_head(features: int) -> nn.Sequential:
+class DHead(nn.Sequential):
     """[B, features, 4, 4] → logits [B, 1]; the sigmoid is in the loss."""
-    return nn.Sequential(nn.Conv2d(features, 1, 4, bias=False), nn.Flatten())
+
+    def __init__(self, features: int):
+        super().__init__(nn.Conv2d(features, 1, 4, bias=False), nn.Flatten())
+        init_dcgan(self)
 
 
 class QHead(nn.Module):
-    """[B, features, 4, 4] → what the codes seem to be: logits [B, K], means and variances [B, C]."""
+    """[B, features, 4, 4] → Q's estimate of the codes: logits [B, K], means and variances [B, C]."""
 
     def __init__(self, features: int, n_categories: int, n_continuous: int):
         super().__init__()
@@ -110,328 +115,236 @@ class QHead(nn.Module):
         self.category = nn.Conv2d(10, n_categories, 1)
         self.mean = nn.Conv2d(10, n_continuous, 1)
         self.variance = nn.Conv2d(10, n_continuous, 1)
+        init_dcgan(self)
 
     def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         h = self.body(h)
-        # never below 0.01, a standard deviation of a tenth: else the likelihood grows without bound
+        # at least 0.01, a standard deviation of a tenth: otherwise the likelihood grows without bound
         variance = F.softplus(self.variance(h).float()) + 0.01
         return self.category(h).flatten(1).float(), self.mean(h).flatten(1).float(), variance.flatten(1)
 
 
-def q_losses(guess: tuple, category: torch.Tensor,
-             continuous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative variational lower bounds on the information G keeps of its codes (Chen et al. 2016, eq. 5).
-
-    Cross-entropy of the category [B], on logits; Gaussian negative log-likelihood of the continuous codes
-    [B, C], averaged over batch and codes.
-    """
-    logits, mean, variance = guess
-    likelihood = 0.5 * ((continuous - mean).square() / variance + variance.log() + math.log(2 * math.pi))
-    return F.cross_entropy(logits, category), likelihood.mean()
-
-
-# ---------------------------------------------------------------------- training
-
-def build(cfg: Config, device: torch.device) -> tuple[nn.Module, ...]:
-    """G, the shared body, D's head, Q's head and the averaged copy of G, freshly initialised."""
-    features = widths(cfg.ch, cfg.image_size)[0]
-    G = generator(cfg.z_dim + cfg.n_categories + cfg.n_continuous, cfg.ch, cfg.image_size)
-    nets = G, shared_body(cfg.ch, cfg.image_size), d_head(features), QHead(
-        features, cfg.n_categories, cfg.n_continuous)
-    G, body, D, Q = (init_dcgan(net).to(device, memory_format=torch.channels_last) for net in nets)
-    return G, body, D, Q, copy.deepcopy(G).eval().requires_grad_(False)
-
+# ---------------------------------------------------------------------- one step of D, one of G and Q
 
 def join(z: torch.Tensor, category: torch.Tensor, continuous: torch.Tensor,
          n_categories: int) -> torch.Tensor:
     """G's input [B, z_dim + K + C]: noise, the category [B] as a one-hot vector, continuous codes [B, C]."""
-    # F.one_hot would have the host look at the values
+    # F.one_hot would make the host read the values
     one_hot = category[:, None] == torch.arange(n_categories, device=z.device)
     return torch.cat([z, one_hot.to(z.dtype), continuous], 1)
 
 
-def train(cfg: Config, resume: Path | None = None) -> int:
-    """Train, score, and leave everything in the run's folder; returns the exit status."""
-    # ---- data, judge, networks, optimisers
-    device = run.pick_device(cfg.device)
-    if cfg.deterministic:
-        run.set_deterministic()
-    if cfg.ema >= 1 or cfg.n_categories < 2:
-        raise run.UserError(f"--ema {cfg.ema} must be below 1, --n-categories {cfg.n_categories} at least 2")
-    cfg.data = pick_digits(cfg.data)
-    data = load_digits(cfg.data, cfg.image_size, cfg.n_drawn)
-    batches = Batches(data.images, data.labels, cfg.batch_size, cfg.seed, device)
-    if resume is None and cfg.out:
-        run.free_folder(cfg.out, "")  # ends here where it exists, not after the judge's training
-    judge = evaluator.get_judge(cfg.judge, data, cfg.judge_width, cfg.judge_steps, device)
+def q_losses(estimate: tuple, category: torch.Tensor,
+             continuous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative lower bounds of the mutual information of codes and images (Chen et al. 2016, eq. 5).
 
-    torch.manual_seed(cfg.seed)
-    G, body, D, Q, ema = build(cfg, device)
-    adam = dict(betas=(0.5, 0.999), fused=True, capturable=device.type == "cuda")
-    lr_g, lr_d = (torch.tensor(rate, device=device) for rate in (cfg.lr_g, cfg.lr_d))
-    opt_g = torch.optim.Adam([*G.parameters(), *Q.parameters()], lr_g, **adam)
-    opt_d = torch.optim.Adam([*body.parameters(), *D.parameters()], lr_d, **adam)
-    ema_weight = torch.tensor(1.0, device=device)  # the new G's share in the average
-    names = ("d_loss", "g_loss", "q_category", "q_continuous", "d_real", "d_fake_before", "d_fake_after")
-    sums, logged = torch.zeros(len(names), device=device), 0  # their sums since the step last logged
-    start, best = 0, -1.0
-
-    # ---- resume
-    nets = {"G": G, "body": body, "D": D, "Q": Q, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
-    if resume is not None and (resume / "last.pt").exists():
-        state = run.load_checkpoint(resume / "last.pt", device)
-        if state["data"] != data.digest:
-            raise run.UserError(f"{cfg.data} no longer holds the images of {resume}: bring them back")
-        for name, thing in nets.items():
-            thing.load_state_dict(state[name])
-        start, best, sums, logged = (state[key] for key in ("step", "best", "sums", "logged"))
-        run.set_rng_state(state["rng"], device)
-
-    # ---- one iteration: a step of D, one of G and Q, the average. The host reads nothing back
-    averaged = list(zip(ema.state_dict().values(), G.state_dict().values()))  # batch norm's statistics too
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-
-    def iteration(images: torch.Tensor) -> None:
-        real, n = images.float() / 127.5 - 1, len(images)
-        z = torch.rand(n, cfg.z_dim, device=device) * 2 - 1
-        category = torch.randint(cfg.n_categories, (n,), device=device)
-        continuous = torch.rand(n, cfg.n_continuous, device=device) * 2 - 1
-
-        # D and the body; real and fake apart: each has its own statistics in batch norm
-        with autocast():
-            fake = G(join(z, category, continuous, cfg.n_categories))
-            score_real, score_fake = D(body(real)).float(), D(body(fake.detach())).float()
-        d_loss = losses.bce_d(score_real, score_fake)
-        opt_d.zero_grad()
-        d_loss.backward()
-        opt_d.step()
-
-        # G and Q together; the body serves Q, but only D trains it
-        body.requires_grad_(False), D.requires_grad_(False)
-        with autocast():
-            h = body(fake)
-            score_again, guess = D(h).float(), Q(h)
-        body.requires_grad_(True), D.requires_grad_(True)
-        g_loss = losses.bce_g(score_again)
-        q_category, q_continuous = q_losses(guess, category, continuous)
-        opt_g.zero_grad()
-        (g_loss + q_category + cfg.q_weight * q_continuous).backward()
-        opt_g.step()
-
-        with torch.no_grad():
-            for average, new in averaged:
-                average.lerp_(new, ema_weight) if new.is_floating_point() else average.copy_(new)
-            # D(G(z)) before G's step: of the updated D. After it: what D first says in the next iteration
-            probabilities = [score.sigmoid().mean() for score in (score_real, score_again, score_fake)]
-            sums.add_(torch.stack([d_loss, g_loss, q_category, q_continuous, *probabilities]).detach())
-
-    # ---- what is written along the way
-    g = torch.Generator().manual_seed(cfg.seed)
-    shown = columns_of_classes(cfg, g, rows=10, varied=None)
-    if judge:  # best.pt is chosen by the distance to training images; scores are told with test images
-        g = torch.Generator().manual_seed(0)
-        chosen = data.images[torch.randperm(len(data.images), generator=g)[:len(data.test_images)]]
-        choice = evaluator.real_moments(judge, chosen, device)
-
-    def save(name: str, step: int) -> None:
-        run.save_checkpoint(folder.folder / name, dict(
-            {name: thing.state_dict() for name, thing in nets.items()}, step=step, best=best, sums=sums,
-            logged=logged, data=data.digest, rng=run.rng_state(device), config=vars(cfg)))
-
-    def due(every: int, step: int) -> bool:
-        return bool(every) and (step % every == 0 or step == cfg.iters)
-
-    # ---- the loop
-    columns = [*names, "fd_judge", "accuracy_code"]
-    name = "infogan_mnist" + ("-drawn" if cfg.data == "drawn" else "")
-    with run.Run(cfg, Path(__file__).name, name, resume, start, columns) as folder:
-        step = start
-        for step in range(start + 1, cfg.iters + 1):
-            ema_weight.fill_(1 - min(cfg.ema, step / (step + 10)))  # the first steps are soon forgotten
-            iteration(batches(step - 1)[0])
-
-            stop = folder.signal is not None
-            if due(cfg.log_every, step):
-                means = dict(zip(names, (sums / (step - logged)).tolist()))
-                sums.zero_()
-                logged = step
-                folder.log(step, **means)
-                folder.status(step, **means)
-            if due(cfg.sample_every, step):
-                heading = f"{title(cfg, data)}, step {step}: a category each column, other codes at random"
-                folder.picture(step, make(cfg, ema, *shown), heading, nrow=cfg.n_categories)
-            if judge and due(cfg.eval_every, step):
-                fd = evaluator.score_digits(sampler(cfg, ema), judge, choice, cfg.eval_images, 1, cfg.seed)
-                code = evaluator.score_category(coded(cfg, ema), cfg.n_categories, judge, cfg.eval_images, 1,
-                                                cfg.seed)
-                fd, accuracy = fd["FD (judge)"][0], code["accuracy"][0]
-                folder.log(step, fd_judge=fd, accuracy_code=accuracy)
-                if best < 0 or fd < best:
-                    best = fd
-                    save("best.pt", step)
-            if stop or step == cfg.iters or due(cfg.save_every, step):  # the end is always kept
-                save("last.pt", step)
-            if stop:
-                break
-
-        # ---- the end
-        folder.draw_progress(title(cfg, data))
-        if folder.signal is not None:
-            print(f"\nstopped at step {step}; to go on: {Path(__file__).name} --resume {folder.folder}")
-            return 128 + folder.signal
-        draw(cfg, ema, data, folder.folder, title(cfg, data))
-        print(f"{folder.folder}: {step} iterations, {folder.seconds:.0f} s")
-        if judge:
-            evaluate(cfg, data, judge, folder.folder, device)
-    return 0
+    Cross-entropy of the category [B], on logits; Gaussian negative log-likelihood of the continuous codes
+    [B, C], averaged over batch and codes.
+    """
+    logits, mean, variance = estimate
+    nll = 0.5 * ((continuous - mean).square() / variance + variance.log() + math.log(2 * math.pi))
+    return F.cross_entropy(logits, category), nll.mean()
 
 
-def title(cfg: Config, data: Digits) -> str:
-    return f"infogan_mnist on {data.name}, ch {cfg.ch}, seed {cfg.seed}"
+def d_step(body: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
+           fake: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
+    """Update the body and D's head with real and generated images [B, 1, S, S]."""
+    with autocast():
+        # two passes, because real and fake images each need their own batch-norm statistics
+        score_real, score_fake = D(body(real)).float(), D(body(fake.detach())).float()
+    loss = losses.bce_d(score_real, score_fake)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean())
 
 
-# ---------------------------------------------------------------------- pictures and scores
-
-def sampler(cfg: Config, G: nn.Module) -> evaluator.Sampler:
-    """Images of categories at random, as evaluator.score_digits takes them."""
-    images = coded(cfg, G)
-    return lambda n, g: images(torch.randint(cfg.n_categories, (n,), generator=g), g)
-
-
-def coded(cfg: Config, G: nn.Module):
-    """A function (category [N], generator) → images, noise and continuous codes at random."""
-    def images(category: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-        return make(cfg, G, uniform(len(category), cfg.z_dim, g), category,
-                    uniform(len(category), cfg.n_continuous, g))
-    return images
-
-
-def uniform(n: int, dims: int, g: torch.Generator) -> torch.Tensor:
-    """[n, dims], U(-1, 1)"""
-    return torch.rand(n, dims, generator=g) * 2 - 1
+def gq_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: torch.optim.Optimizer, fake: torch.Tensor,
+            category: torch.Tensor, continuous: torch.Tensor, q_weight: float = 0.1,
+            autocast=nullcontext) -> dict[str, torch.Tensor]:
+    """Update G and Q's head by images fake = G(codes), still attached to G; only D's step trains the body."""
+    with frozen(body, D), autocast():
+        h = body(fake)
+        score, estimate = D(h).float(), Q(h)
+    loss = losses.bce_g(score)
+    q_category, q_continuous = q_losses(estimate, category, continuous)
+    opt.zero_grad()
+    (loss + q_category + q_weight * q_continuous).backward()
+    opt.step()
+    return dict(g_loss=loss, q_category=q_category, q_continuous=q_continuous,
+                d_fake_updated=score.sigmoid().mean())
 
 
-@torch.no_grad()
-def make(cfg: Config, G: nn.Module, z: torch.Tensor, category: torch.Tensor,
-         continuous: torch.Tensor) -> torch.Tensor:
-    """Images [N, 1, S, S] of noise [N, z_dim], categories [N] and continuous codes [N, C]."""
-    return G(join(z, category, continuous, cfg.n_categories).to(next(G.parameters()).device))
+# ---------------------------------------------------------------------- codes, pictures
+
+def uniform(*shape: int, g: torch.Generator | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+    return torch.rand(*shape, generator=g, device=device) * 2 - 1
 
 
-def columns_of_classes(cfg: Config, g: torch.Generator, rows: int, varied: int | None) -> tuple:
-    """Noise, categories and continuous codes of a grid, row by row, with a category each column.
+def grid_codes(cfg: Config, g: torch.Generator, rows: int, varied: int | None) -> tuple:
+    """Noise, categories and continuous codes of a grid, line by line, with one category per column.
 
-    varied: the continuous code that goes from -1 to 1 down the rows, others 0 and the noise of a column the
-    same; None: all at random.
+    varied: the continuous code that goes from -1 to 1 down the lines, with the others 0 and the same noise
+    down a column; None: all are random.
     """
     k = cfg.n_categories
     category = torch.arange(k).repeat(rows)
     if varied is None:
-        return uniform(rows * k, cfg.z_dim, g), category, uniform(rows * k, cfg.n_continuous, g)
+        return uniform(rows * k, cfg.z_dim, g=g), category, uniform(rows * k, cfg.n_continuous, g=g)
     continuous = torch.zeros(rows * k, cfg.n_continuous)
     continuous[:, varied] = torch.linspace(-1, 1, rows).repeat_interleave(k)
-    return uniform(k, cfg.z_dim, g).repeat(rows, 1), category, continuous
+    return uniform(k, cfg.z_dim, g=g).repeat(rows, 1), category, continuous
 
 
-def load(cfg: Config, folder: Path, name: str, device: torch.device) -> tuple[nn.Module, nn.Module, int]:
-    """The averaged G of a checkpoint, what Q reads from an image (body and head), and the step it is from."""
-    state = run.load_checkpoint(folder / name, device)
-    _, body, _, Q, ema = build(cfg, device)
-    for net, part in ((ema, "ema"), (body, "body"), (Q, "Q")):
-        net.load_state_dict(state[part])
-    return ema, nn.Sequential(body, Q).eval().requires_grad_(False), state["step"]
+def save_pictures(make: Callable[..., torch.Tensor], data: Data, run: Run, title: str) -> None:
+    """Grids: samples of each category; each continuous code varied, over all categories and within one.
 
-
-def draw(cfg: Config, ema: nn.Module, data: Digits, folder: Path, heading: str) -> None:
-    """Grids: samples of each category, each continuous code's way through all categories and through one."""
-    g, k = torch.Generator().manual_seed(cfg.seed), cfg.n_categories
-    run.save_grid(folder / "samples.png", make(cfg, ema, *columns_of_classes(cfg, g, 10, None)),
-                  f"{heading}: a category each column, other codes at random", nrow=k)
+    make(z, category, continuous) → images.
+    """
+    cfg, folder, g = run.cfg, run.folder, torch.Generator().manual_seed(run.cfg.seed)
+    save_grid(folder / "samples.png", make(*grid_codes(cfg, g, 10, None)),
+              f"{title}: one category per column, the other codes random", nrow=cfg.n_categories)
     for c in range(cfg.n_continuous):
-        run.save_grid(folder / f"code_{c + 1}.png", make(cfg, ema, *columns_of_classes(cfg, g, 10, c)),
-                      f"{heading}: a category each column, code {c + 1} from -1 to 1 down the rows", nrow=k)
-        # one category: eight noises, the code in steps of a fifth and on to twice what G was trained with
-        z, steps = uniform(8, cfg.z_dim, g).repeat_interleave(21, 0), torch.linspace(-2, 2, 21).repeat(8)
-        category = torch.full((len(z),), cfg.category)
+        save_grid(folder / f"code_{c + 1}.png", make(*grid_codes(cfg, g, 10, c)), nrow=cfg.n_categories,
+                  title=f"{title}: one category per column, code {c + 1} from -1 to 1 down the lines")
+        # eight noises, the code in steps of a fifth, to twice the range that G was trained with
+        z = uniform(8, cfg.z_dim, g=g).repeat_interleave(21, 0)
         continuous = torch.zeros(len(z), cfg.n_continuous)
-        continuous[:, c] = steps
-        what = f"category {cfg.category}, code {c + 1} from -2 to 2 (columns 6 to 16: trained with)"
-        run.save_grid(folder / f"category_{cfg.category}_code_{c + 1}.png",
-                      make(cfg, ema, z, category, continuous), f"{heading}: {what}", nrow=21)
-    real = data.images[torch.randint(len(data.images), (32,), generator=g)].float() / 127.5 - 1
-    kind = "drawn" if cfg.data == "drawn" else "real"
-    run.save_grid(folder / "real_beside_generated.png", torch.cat([real, sampler(cfg, ema)(32, g).cpu()]),
-                  f"{heading}: four rows of {kind} images, four of generated ones")
+        continuous[:, c] = torch.linspace(-2, 2, 21).repeat(8)
+        save_grid(folder / f"category_{cfg.category}_code_{c + 1}.png",
+                  make(z, torch.full((len(z),), cfg.category), continuous), nrow=21,
+                  title=f"{title}: category {cfg.category}, code {c + 1} from -2 to 2 (trained: the middle 11)")
+    real, _ = data.training_sample(4 * cfg.n_categories, g)
+    save_grid(folder / "real_beside_generated.png", torch.cat([real, make(*grid_codes(cfg, g, 4, None)).cpu()]),
+              f"{title}: four lines of training images, four of generated ones", nrow=cfg.n_categories)
 
 
-def evaluate(cfg: Config, data: Digits, judge: evaluator.Judge, folder: Path, device: torch.device) -> None:
-    """Score last.pt and best.pt; print what their codes mean and write scores.json."""
-    real = evaluator.real_moments(judge, data.test_images, device)
-    inception = evaluator.get_inception(cfg.fid_weights, device)
-    much = cfg.eval_images, cfg.eval_draws, cfg.seed + 1  # other z than best.pt was chosen with
-    scores = {"data": data.name, "judge": judge.title, "judge_held_out": judge.held_out,
-              "n_real": len(data.test_images), "n_fake": cfg.eval_images, "draws": cfg.eval_draws}
-    print(f"\n{folder}: {cfg.eval_images} generated images, {data.name}, {cfg.eval_draws} draws; "
-          f"judge: {judge.title}")
-    for name in ("best", "last"):
-        if not (folder / f"{name}.pt").exists():
-            continue
-        ema, q, step = load(cfg, folder, f"{name}.pt", device)
-        category = evaluator.score_category(coded(cfg, ema), cfg.n_categories, judge, *much)
-        moved = evaluator.score_continuous(lambda *codes: make(cfg, ema, *codes), cfg.z_dim, cfg.n_categories,
-                                           cfg.n_continuous, *much[1:])
-        result = {"code → digit": category["accuracy"]} | moved
-        result |= evaluator.score_digits(sampler(cfg, ema), judge, real, *much)
-        if inception:
-            result["FID"] = evaluator.score_fid(sampler(cfg, ema), inception, data.test_images, *much)
-        if data.test_factors:
-            result |= evaluator.score_reading(read(q, data.test_images, device), data)
-        scores[name] = {"step": step, "digit": category["digit"], "purity": category["purity"]} | result
-        print(f"\n{name}.pt (step {step}): codes 0 to {cfg.n_categories - 1} are best taken as the digits "
-              f"{' '.join(str(d) for d in category['digit'])}; share of each code's commonest digit, %: "
-              f"{' '.join(f'{100 * p:.0f}' for p in category['purity'][0])}")
-        for score, (mean, std) in result.items():
-            if score != "histogram":
-                print(f"  {score:<40}{mean:10.4f} ± {std:.4f}")
-    last = scores["last"]
-    scores["summary"] = {"code → digit": last["code → digit"]}
-    for factor in ("slant", "width"):  # of the code that moves it most; which one, and its sign, are chance
-        found = [last[f"code {c + 1} ~ {factor}"] for c in range(cfg.n_continuous)]
-        mean, std = max(found, key=lambda pair: abs(pair[0]))
-        scores["summary"][f"a code ~ {factor}"] = abs(mean), std
-    scores["summary"] |= {name: last[name] for name in ("FD (judge)", "FID") if name in last}
-    run.write_whole(folder / "scores.json", lambda p: p.write_text(json.dumps(scores, indent=1) + "\n"))
+# ---------------------------------------------------------------------- scores
+
+def score_categories(make: Callable[..., torch.Tensor], cfg: Config, judge: evaluator.Judge, draws: int,
+                     seed: int) -> dict[str, tuple]:
+    """Meaning of the categories, each sampled equally often, as means and standard deviations over draws.
+
+    "code → digit": agreement with the judge's digits, matched one-to-one to maximise it; "purity" and "digit"
+    of each category.
+    """
+    g, agreement, purity = torch.Generator().manual_seed(seed), [], []
+    category = torch.arange(cfg.eval_images) % cfg.n_categories
+    for _ in range(draws):
+        digits = torch.cat([
+            judge(make(uniform(len(part), cfg.z_dim, g=g), part, uniform(len(part), cfg.n_continuous, g=g)))
+            for part in category.split(judge.kind.at_once)]).argmax(1).cpu()
+        digit, agree, pure = evaluator.match(category, digits, cfg.n_categories)
+        agreement.append(agree)
+        purity.append(pure)
+    return {"code → digit": evaluator.mean_std(agreement), "purity": evaluator.mean_std(purity), "digit": digit}
 
 
-def read(q: nn.Module, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What Q takes images, uint8 [N, 1, S, S], for: categories [N] and means of continuous codes [N, C]."""
-    parts = [q(part.to(device) / 127.5 - 1) for part in images.split(500)]
-    return torch.cat([p[0].argmax(1) for p in parts]).cpu(), torch.cat([p[1] for p in parts]).cpu()
+def score_continuous(make: Callable[..., torch.Tensor], cfg: Config, draws: int,
+                     seed: int) -> dict[str, tuple]:
+    """Meaning of the continuous codes: code_effects, and "a code ~ slant" and "a code ~ width" of the code with
+    the stronger effect (which code it is, and its sign, are arbitrary).
+    """
+    g = torch.Generator().manual_seed(seed)
+    runs = [code_effects(make, cfg.z_dim, cfg.n_categories, cfg.n_continuous, g) for _ in range(draws)]
+    scores = {key: evaluator.mean_std([row[key] for row in runs]) for key in runs[0]}
+    for factor in ("slant", "width"):
+        effects = [scores[f"code {c + 1} ~ {factor}"] for c in range(cfg.n_continuous)]
+        mean, std = max(effects, key=lambda effect: abs(effect[0]))
+        scores[f"a code ~ {factor}"] = abs(mean), std
+    return scores
 
 
-def main() -> int:
-    action, cfg, folder = run.parse(Config, QUICK, __doc__)
-    if action == "sweep":
-        return run.sweep(cfg, train)
-    if action in ("train", "resume"):
-        return train(cfg, folder)
-    device = run.pick_device(cfg.device)
-    if cfg.category >= cfg.n_categories:
-        raise run.UserError(f"--category {cfg.category}: this run has 0 to {cfg.n_categories - 1}")
-    data = load_digits(cfg.data, cfg.image_size, cfg.n_drawn)
-    ema, _, step = load(cfg, folder, "last.pt", device)
-    if action == "sample":
-        draw(cfg, ema, data, folder, f"{title(cfg, data)}, step {step}")
-        print(f"wrote the grids to {folder}")
-        return 0
-    judge = evaluator.get_judge(cfg.judge, data, cfg.judge_width, cfg.judge_steps, device)
-    if judge is None:
-        raise run.UserError("--eval needs a judge: --judge auto, or the path of one")
-    evaluate(cfg, data, judge, folder, device)
-    return 0
+@torch.no_grad()
+def score_reading(body: nn.Module, Q: nn.Module, data: Data, device: torch.device) -> dict[str, tuple]:
+    """How well Q recovers the true factors of test images; only synthetic digits have those.
+
+    Returns {"Q's category → class": (agreement, 0), "Q's code 1 ~ slant": (Spearman's correlation, 0), …}; the
+    correlations are means of those within each class.
+    """
+    estimates = [Q(body(to_float(part.to(device)))) for part in data.test_images.split(500)]
+    category = torch.cat([e[0].argmax(1) for e in estimates]).cpu()
+    codes = torch.cat([e[1] for e in estimates]).cpu()
+    agreement = evaluator.match(category, data.test_labels, int(category.max()) + 1)[1]
+    scores = {"Q's category → class": (agreement, 0.0)}
+    classes = [data.test_labels == digit for digit in data.test_labels.unique()]
+    for c in range(codes.shape[1]):
+        for name in ("slant", "width"):
+            rho = [spearman(codes[mine, c], data.test_factors[name][mine]) for mine in classes]
+            scores[f"Q's code {c + 1} ~ {name}"] = torch.stack(rho).mean().item(), 0.0
+    return scores
+
+
+# ---------------------------------------------------------------------- training
+
+def main(run: Run) -> None:
+    cfg, device = run.cfg, run.device
+    data = load_digits(cfg, cfg.image_size)
+    batches = Batches(data, cfg.batch_size, cfg.seed, device)
+    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
+
+    torch.manual_seed(cfg.seed)
+    features = widths(cfg.ch, cfg.image_size)[-1]
+    nets = (Generator(cfg.z_dim + cfg.n_categories + cfg.n_continuous, cfg.ch, cfg.image_size),
+            Body(cfg.ch, cfg.image_size), DHead(features), QHead(features, cfg.n_categories, cfg.n_continuous))
+    G, body, D, Q = (net.to(device, memory_format=torch.channels_last) for net in nets)
+    ema = Average(G, cfg.ema)  # what is sampled and scored
+    opt_g = torch.optim.Adam([*G.parameters(), *Q.parameters()], cfg.lr_g, betas=(0.5, 0.999), fused=True)
+    opt_d = torch.optim.Adam([*body.parameters(), *D.parameters()], cfg.lr_d, betas=(0.5, 0.999), fused=True)
+    run.track(data, G=G, body=body, D=D, Q=Q, ema=ema, opt_g=opt_g, opt_d=opt_d)
+
+    title = run.title(data, f"ch {cfg.ch}")
+    fixed = grid_codes(cfg, torch.Generator().manual_seed(cfg.seed), 10, None)
+    # best.pt is chosen by the distance to training images: test images are for the final scores only
+    validation = judge and judge.moments(data.validation_images())
+
+    def make(z: torch.Tensor, category: torch.Tensor, continuous: torch.Tensor) -> torch.Tensor:
+        return ema(join(z, category, continuous, cfg.n_categories).to(device))
+
+    def sample(n: int, g: torch.Generator) -> tuple[torch.Tensor, None]:
+        category = torch.randint(cfg.n_categories, (n,), generator=g)
+        return make(uniform(n, cfg.z_dim, g=g), category, uniform(n, cfg.n_continuous, g=g)), None
+
+    for step in run.steps():
+        real, _ = batches(step - 1)
+        z = uniform(len(real), cfg.z_dim, device=device)
+        category = torch.randint(cfg.n_categories, (len(real),), device=device)
+        continuous = uniform(len(real), cfg.n_continuous, device=device)
+        with run.autocast():
+            fake = G(join(z, category, continuous, cfg.n_categories))
+        run.record(**d_step(body, D, opt_d, real, fake, run.autocast))
+        run.record(**gq_step(body, D, Q, opt_g, fake, category, continuous, cfg.q_weight, run.autocast))
+        ema.update(step)
+
+        if run.due("sample"):
+            run.picture(make(*fixed), f"{title}: one category per column, the other codes random",
+                        nrow=cfg.n_categories)
+        if judge and run.due("eval"):
+            fd = evaluator.score(sample, judge, cfg.eval_images, 1, cfg.seed, real=validation)["FD (judge)"][0]
+            code = score_categories(make, cfg, judge, 1, cfg.seed)["code → digit"][0]
+            run.score(best=-fd, fd_judge=fd, accuracy_code=code)
+
+    # the scores of both checkpoints; summary and pictures are of last.pt
+    options, scores = dict(draws=cfg.eval_draws, seed=cfg.seed + 1), {}  # other z than best.pt's choice
+    if judge:
+        inception, test = evaluator.get_inception(cfg.fid_weights, device), judge.moments(data.test_images)
+    for name, step in run.checkpoints("best", "last"):
+        if judge:
+            row = score_categories(make, cfg, judge, **options) | score_continuous(make, cfg, **options)
+            row |= evaluator.score(sample, judge, cfg.eval_images, real=test, **options) | {"step": step}
+            if inception:
+                row["FID"] = evaluator.score_fid(sample, inception, data.test_images, cfg.eval_images, **options)
+            if data.test_factors:
+                row |= score_reading(body.eval(), Q.eval(), data, device)
+            scores[name] = row
+    if run.wants_pictures:
+        save_pictures(make, data, run, f"{title}, step {step}")
+    if judge:
+        evaluator.report(run, data, judge, scores, ["code → digit", "a code ~ slant", "a code ~ width",
+                                                    "FD (judge)", "FID"])
+        print(f"\nthe categories' digits: {row['digit']}; share of the most frequent digit in each, %: "
+              f"{[round(100 * share) for share in row['purity'][0]]}")
 
 
 if __name__ == "__main__":
-    run.entry(main)
+    launch(main, Config, QUICK)

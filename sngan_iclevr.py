@@ -1,19 +1,16 @@
-"""SNGAN with projection on i-CLEVR: images of one to three asked-for objects.
+"""SNGAN with a projection discriminator on i-CLEVR: images of one to three requested objects.
 
 Spectral norm: Miyato et al. 2018; projection discriminator: Miyato & Koyama 2018.
 
     python sngan_iclevr.py --quick                     # minutes on two CPU cores
-    python sngan_iclevr.py --iters 30000               # the full job, one GPU
-    python sngan_iclevr.py --resume runs/sngan_iclevr  # go on; --sample and --eval take a run as well
+    python sngan_iclevr.py --iters 30000               # the full run, one GPU
+    python sngan_iclevr.py --resume runs/sngan_iclevr  # continue; --sample and --eval take a run too
 
-Measured so far, at width 16 on a CPU (AMD EPYC; see results/), accuracy on test.json and new_test.json:
---quick, drawn scenes, 8 minutes: 0.23 and 0.29; real i-CLEVR, 2,500 iterations, 67 minutes of one core: 0.24
-and 0.34. The full size has not been run yet; the write-up has 0.79 and 0.82 by another judge.
+Results, with commands and hardware: results/README.md.
 """
-import copy
-import json
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -22,43 +19,39 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import evaluator
-from common import losses, run
-from common.blocks import DownBlock, UpBlock, init_xavier, normed_once
-from common.datasets import Batches, LabelledScenes, load_iclevr, pick_source
+from common import losses
+from common.blocks import Average, DownBlock, frozen, init_xavier, normed_once, residual_conv
+from common.cli import Settings
+from common.datasets import Batches, load_iclevr
+from common.pictures import names_of, save_scenes
+from common.run import Run, launch
+from common.system import UserError
 
 
 @dataclass
-class Config:
+class Config(Settings):
     iters: int = 30_000  # iterations; one is n_dis steps of D and one of G
     batch_size: int = 64  # images a step
-    lr_g: float = 3e-4  # Adam's rate for G
-    lr_d: float = 1e-4  # Adam's rate for D
+    lr_g: float = 3e-4  # Adam's learning rate for G
+    lr_d: float = 1e-4  # Adam's learning rate for D
     n_dis: int = 4  # D steps before each G step
     z_dim: int = 128  # dimensions of the latent z ~ N(0, I)
     ch: int = 64  # width: feature maps of the layers nearest the image
     image_size: Literal[32, 64, 128] = 64  # height and width of the images
     ema: float = 0.999  # decay of the averaged G that is sampled and scored; 0: G itself
-    data: str = "auto"  # auto (data/iclevr if it is there, else drawn), drawn, or the folder of i-CLEVR
-    n_scenes: int = 6003  # drawn scenes, of three images each
-    out: str = ""  # folder of the run; empty: runs/sngan_iclevr
-    seed: int = 0  # of weights, noise and the order of batches
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the networks
-    deterministic: bool = False  # the same bits on every CUDA run, a little slower
-    log_every: int = 100  # iterations between rows of metrics.csv
-    sample_every: int = 500  # iterations between pictures
-    eval_every: int = 1000  # iterations between scores; the best is kept as best.pt
-    save_every: int = 1000  # iterations between checkpoints
-    judge: str = "auto"  # auto (trained once and cached), none, or a checkpoint such as the course's
-    judge_width: int = 64  # width of the judge trained by auto; 64 is ResNet-18
-    judge_steps: int = 5000  # its training steps, of 32 images each
-    eval_draws: int = 10  # draws of z that a score is the mean of
-    # the method, and the tricks of the write-up
-    label_embed: Literal["linear", "sum"] = "linear"  # how D joins an image's label vectors
-    add_noise: bool = True  # add U(0, 1/128) to the images D sees
-    flip_labels: float = 0.0  # share of images that D is told the wrong kind of
-    relativistic: bool = False  # judge real and fake relative to each other's mean
+    data: str = "auto"  # auto (data/iclevr if it exists, else synthetic), synthetic, or the folder of i-CLEVR
+    n_scenes: int = 6003  # synthetic scenes, of three images each
+    eval_draws: int = 10  # draws of z averaged per score
+    label_embed: Literal["linear", "sum"] = "linear"  # how D combines an image's label vectors
+    add_noise: bool = True  # add U(0, 1/128) to the images D is given
+    flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
+    relativistic: bool = False  # scores relative to the other kind's mean, in both losses
     lr_decay_from: int = 0  # iteration from which both rates fall linearly to 0 at the last; 0: never
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.flip_labels > 1:
+            raise UserError(f"--flip-labels {self.flip_labels}: must be at most 1")
 
 
 QUICK = dict(iters=2000, batch_size=32, lr_g=1.2e-3, lr_d=6e-4, n_dis=1, ch=16, image_size=32, ema=0.99,
@@ -68,15 +61,67 @@ QUICK = dict(iters=2000, batch_size=32, lr_g=1.2e-3, lr_d=6e-4, n_dis=1, ch=16, 
 
 # ---------------------------------------------------------------------- networks
 
+class SetEmbedding(nn.Embedding):
+    """Class ids [B, K] → the sum of their vectors [B, dim]; the null id `n_classes` adds exactly 0."""
+
+    def __init__(self, n_classes: int, dim: int, std: float = 0.1):
+        super().__init__(n_classes + 1, dim, padding_idx=n_classes)
+        nn.init.normal_(self.weight, 0, std)
+        nn.init.zeros_(self.weight[n_classes])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids).sum(1)
+
+
+class ConditionalBatchNorm(nn.Module):
+    """Batch norm whose gain and bias depend on a set of labels (de Vries et al. 2017; Dumoulin et al. 2017).
+
+    gain = γ + Σ γ[label], bias = β + Σ β[label]: for one label the usual class-conditional form, for several
+    independent of their order; a null label changes nothing.
+    """
+
+    def __init__(self, channels: int, n_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.gamma, self.beta = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.gain, self.bias = SetEmbedding(n_classes, channels), SetEmbedding(n_classes, channels)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """x [B, C, H, W], ids [B, K] → [B, C, H, W]"""
+        gain = (self.gamma + self.gain(ids))[..., None, None]
+        bias = (self.beta + self.bias(ids))[..., None, None]
+        return self.norm(x) * gain + bias
+
+
+class UpBlock(nn.Module):
+    """Residual block [B, i, H, W] → [B, o, 2H, 2W] (Miyato & Koyama 2018, fig. 14 b)."""
+
+    def __init__(self, i: int, o: int, n_classes: int):
+        super().__init__()
+        self.bn1, self.conv1 = ConditionalBatchNorm(i, n_classes), residual_conv(i, o, 3)
+        self.bn2, self.conv2 = ConditionalBatchNorm(o, n_classes), residual_conv(o, o, 3)
+        self.shortcut = residual_conv(i, o, 1)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        h = F.interpolate(F.leaky_relu(self.bn1(x, ids)), scale_factor=2)
+        h = self.conv2(F.leaky_relu(self.bn2(self.conv1(h), ids)))
+        # a 1×1 convolution commutes with nearest up-sampling; first, it costs a quarter
+        return h + F.interpolate(self.shortcut(x), scale_factor=2)
+
+
+def widths(ch: int, image_size: int) -> list[int]:
+    """Feature maps at image_size, half of it, … down to 4×4; at 64: 1, 2, 4, 8, 16 times ch."""
+    return [min(2**k, 16) * ch for k in range((image_size // 4).bit_length())]
+
+
 class Generator(nn.Module):
     """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; labels enter by each block's norms."""
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int):
         super().__init__()
-        n_blocks = (image_size // 4).bit_length() - 1  # 4×4 doubled until it is the image
-        widths = [min(2**k, 16) * ch for k in range(n_blocks, -1, -1)]  # at 64: 16, 8, 4, 2, 1 times ch
-        self.first = init_xavier(nn.Linear(z_dim, widths[0] * 4 * 4))
-        self.blocks = nn.ModuleList(UpBlock(i, o, n_classes) for i, o in zip(widths, widths[1:]))
+        w = widths(ch, image_size)[::-1]
+        self.first = init_xavier(nn.Linear(z_dim, w[0] * 4 * 4))
+        self.blocks = nn.ModuleList(UpBlock(i, o, n_classes) for i, o in pairwise(w))
         self.norm = nn.BatchNorm2d(ch)
         self.last = init_xavier(nn.Conv2d(ch, 3, 1))
 
@@ -90,272 +135,122 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """images [B, 3, S, S], labels [B, 3] → scores [B]: ψ(h) + ⟨labels, h⟩ (Miyato & Koyama 2018, eq. 3).
 
-    Spectral norm on every layer but the one that joins the label vectors, as in the write-up.
+    Spectral norm on every layer but the one that combines the label vectors, as in the write-up.
     """
 
     def __init__(self, n_classes: int, ch: int, image_size: int, label_embed: str):
         super().__init__()
-        n_blocks = (image_size // 4).bit_length() - 1
-        widths = [min(2**k, 16) * ch for k in range(n_blocks + 1)]
-        self.blocks = nn.Sequential(DownBlock(3, ch, first=True),
-                                    *(DownBlock(i, o) for i, o in zip(widths, widths[1:])))
-        self.linear = spectral_norm(init_xavier(nn.Linear(widths[-1], 1)))
-        embed = init_xavier(nn.Embedding(n_classes + 1, widths[-1], padding_idx=n_classes))
+        w = widths(ch, image_size)
+        self.blocks = nn.Sequential(DownBlock(3, ch, first=True), *(DownBlock(i, o) for i, o in pairwise(w)))
+        self.linear = spectral_norm(init_xavier(nn.Linear(w[-1], 1)))
+        embed = init_xavier(nn.Embedding(n_classes + 1, w[-1], padding_idx=n_classes))
         nn.init.zeros_(embed.weight[n_classes])  # the null class: a zero vector, and no gradient
         self.embed = spectral_norm(embed)
-        # no bias: a null label adds exactly zero to the score either way
         self.join = None
-        if label_embed == "linear":
-            self.join = init_xavier(nn.Linear(3 * widths[-1], widths[-1], bias=False))
+        if label_embed == "linear":  # without bias, so that a null label adds exactly zero to the score
+            self.join = init_xavier(nn.Linear(3 * w[-1], w[-1], bias=False))
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        h = F.leaky_relu(self.blocks(x)).sum((2, 3))  # [B, 16·ch, S/32, S/32] summed over space → [B, 16·ch]
+        h = F.leaky_relu(self.blocks(x)).sum((2, 3))  # [B, 16·ch, S/32, S/32], summed over space → [B, 16·ch]
         y = self.embed(labels)  # [B, 3, 16·ch]
         y = self.join(y.flatten(1)) if self.join is not None else y.sum(1)  # [B, 16·ch]
         return self.linear(h)[:, 0] + (y * h).sum(1)
 
 
+# ---------------------------------------------------------------------- one step of D, one of G
+
+def d_step(cfg: Config, G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
+           labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
+    """Update D with real images [B, 3, S, S] and generated ones of the same labels [B, 3]."""
+    z = torch.randn(len(real), cfg.z_dim, device=real.device)
+    flip = torch.rand(2, len(real), device=real.device) < cfg.flip_labels if cfg.flip_labels else None
+    with normed_once(D), autocast():
+        with torch.no_grad():
+            fake = G(z, labels)
+        # D has no batch norm, so real and fake images share one pass
+        x = noisy(torch.cat([real, fake]), cfg.add_noise)
+        score_real, score_fake = D(x, labels.repeat(2, 1)).float().chunk(2)
+    scores = score_real, score_fake
+    loss = losses.hinge_d(*(losses.relativistic(*scores) if cfg.relativistic else scores), flip)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean())
+
+
+def g_step(cfg: Config, G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
+           labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
+    """Update G; real images [B, 3, S, S] are needed by the relativistic loss only."""
+    z = torch.randn(len(labels), cfg.z_dim, device=real.device)
+    with frozen(D), normed_once(D), autocast():
+        score = D(noisy(G(z, labels), cfg.add_noise), labels).float()
+        if cfg.relativistic:  # real and fake swap roles (Jolicoeur-Martineau 2018, section 4.2.1)
+            score_real = D(noisy(real, cfg.add_noise), labels).float()
+            loss = losses.hinge_d(*losses.relativistic(score_real, score)[::-1])
+        else:
+            loss = losses.hinge_g(score)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    return dict(g_loss=loss)
+
+
+def noisy(x: torch.Tensor, add_noise: bool) -> torch.Tensor:
+    return x + torch.rand_like(x) / 128 if add_noise else x
+
+
 # ---------------------------------------------------------------------- training
 
-def build(cfg: Config, n_classes: int, device: torch.device) -> tuple[Generator, Discriminator, Generator]:
-    """G, D and the averaged copy of G, freshly initialised from the global random state."""
-    G = Generator(n_classes, cfg.z_dim, cfg.ch, cfg.image_size)
-    D = Discriminator(n_classes, cfg.ch, cfg.image_size, cfg.label_embed)
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
-    return G, D, copy.deepcopy(G).eval().requires_grad_(False)
-
-
-def train(cfg: Config, resume: Path | None = None) -> int:
-    """Train, score, and leave everything in the run's folder; returns the exit status."""
-    # ---- data, judge, networks, optimisers
-    device = run.pick_device(cfg.device)
-    if cfg.deterministic:
-        run.set_deterministic()
-    if cfg.ema >= 1 or cfg.flip_labels > 1:
-        raise run.UserError(f"--ema {cfg.ema} must be below 1, --flip-labels {cfg.flip_labels} at most 1")
-    cfg.data = pick_source(cfg.data, "data/iclevr")
-    data = load_iclevr(cfg.data, cfg.image_size, cfg.n_scenes)
-    batches = Batches(data.images, data.labels, cfg.batch_size, cfg.seed, device)
-    if resume is None and cfg.out:
-        run.free_folder(cfg.out, "")  # ends here where it exists, not after the judge's training
-    judge = evaluator.get_judge(cfg.judge, data, cfg.judge_width, cfg.judge_steps, device)
+def main(run: Run) -> None:
+    cfg, device = run.cfg, run.device
+    data = load_iclevr(cfg)
+    batches = Batches(data, cfg.batch_size, cfg.seed, device)
+    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
 
     torch.manual_seed(cfg.seed)
-    G, D, ema = build(cfg, len(data.classes), device)
-    adam = dict(betas=(0.5, 0.999), fused=True, capturable=device.type == "cuda")
-    opt_g = torch.optim.Adam(G.parameters(), torch.tensor(cfg.lr_g, device=device), **adam)
-    opt_d = torch.optim.Adam(D.parameters(), torch.tensor(cfg.lr_d, device=device), **adam)
-    ema_weight = torch.tensor(1.0, device=device)  # the new G's share in the average
-    names = ("d_loss", "g_loss", "d_real", "d_fake")
-    sums, logged = torch.zeros(len(names), device=device), 0  # their sums since the step last logged
-    start, best = 0, -1.0
+    G = Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size)
+    D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.label_embed)
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
+    ema = Average(G, cfg.ema)  # what is sampled and scored
+    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, betas=(0.5, 0.999), fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, betas=(0.5, 0.999), fused=True)
+    run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
 
-    # ---- resume
-    if resume is not None and (resume / "last.pt").exists():
-        state = run.load_checkpoint(resume / "last.pt", device)
-        if state["data"] != data.digest:
-            raise run.UserError(f"{cfg.data} no longer holds the images of {resume}: bring them back")
-        for name, thing in (("G", G), ("D", D), ("ema", ema), ("opt_g", opt_g), ("opt_d", opt_d)):
-            thing.load_state_dict(state[name])
-        start, best, sums, logged = (state[key] for key in ("step", "best", "sums", "logged"))
-        run.set_rng_state(state["rng"], device)
+    title, requested = run.title(data, f"ch {cfg.ch}"), data.tests["test"]
+    fixed = torch.randn(len(requested), cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
+    # best.pt is chosen by "val", label sets of training images: the test lists are for scores only
+    sets = {"val": data.validation_sets(), **data.tests}
 
-    # ---- one iteration: n_dis steps of D, one of G, the average. The host reads nothing back
-    averaged = list(zip(ema.state_dict().values(), G.state_dict().values()))  # batch norm's statistics too
+    def sample(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return ema(z.to(device), labels.to(device))
 
-    def to_d(x: torch.Tensor) -> torch.Tensor:
-        return x + torch.rand_like(x) / 128 if cfg.add_noise else x
+    for step in run.steps():
+        if cfg.lr_decay_from and step > cfg.lr_decay_from:
+            left = (cfg.iters - step + 1) / (cfg.iters - cfg.lr_decay_from)
+            opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * left, cfg.lr_d * left
+        for k in range(cfg.n_dis):
+            real, labels = batches((step - 1) * cfg.n_dis + k)
+            run.record(**d_step(cfg, G, D, opt_d, real, labels, run.autocast))
+        run.record(**g_step(cfg, G, D, opt_g, real, labels, run.autocast))
+        ema.update(step)
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+        if run.due("sample"):
+            run.picture(sample(fixed, requested), title, captions=names_of(requested, data.classes))
+        if judge and run.due("eval"):
+            found = evaluator.score_sets(sample, cfg.z_dim, judge, sets, cfg.eval_draws, cfg.seed)
+            accuracy = {f"accuracy_{name}": found[f"accuracy {name}"][0] for name in sets}
+            run.score(best=accuracy["accuracy_val"], **accuracy)
 
-    def d_step(images: torch.Tensor, labels: torch.Tensor) -> None:
-        real, n = images.float() / 127.5 - 1, len(images)
-        z = torch.randn(n, cfg.z_dim, device=device)
-        flip = torch.rand(2, n, device=device) < cfg.flip_labels if cfg.flip_labels else None
-        with normed_once(D), autocast():
-            with torch.no_grad():
-                fake = G(z, labels)
-            # D has no batch norm, so real and fake share one pass
-            score_real, score_fake = D(to_d(torch.cat([real, fake])), labels.repeat(2, 1)).float().chunk(2)
-        scores = score_real, score_fake
-        d_loss = losses.hinge_d(*(losses.relativistic(*scores) if cfg.relativistic else scores), flip)
-        opt_d.zero_grad()
-        d_loss.backward()
-        opt_d.step()
-        seen = torch.stack([d_loss, torch.zeros_like(d_loss), score_real.mean(), score_fake.mean()])
-        sums.add_(seen.detach(), alpha=1 / cfg.n_dis)
-
-    def g_step(images: torch.Tensor, labels: torch.Tensor) -> None:
-        z = torch.randn(len(labels), cfg.z_dim, device=device)
-        D.requires_grad_(False)
-        with normed_once(D), autocast():
-            score = D(to_d(G(z, labels)), labels).float()
-            if cfg.relativistic:
-                score_real = D(to_d(images.float() / 127.5 - 1), labels).float()
-                # real and fake change places (section 4.2.1)
-                g_loss = losses.hinge_d(*losses.relativistic(score_real, score)[::-1])
-            else:
-                g_loss = losses.hinge_g(score)
-        D.requires_grad_(True)
-        opt_g.zero_grad()
-        g_loss.backward()
-        opt_g.step()
-        sums[1] += g_loss.detach()
-
-    def iteration(chunk: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for images, labels in chunk:
-            d_step(images, labels)
-        g_step(*chunk[-1])
-        with torch.no_grad():
-            for average, new in averaged:
-                average.lerp_(new, ema_weight) if new.is_floating_point() else average.copy_(new)
-
-    # ---- what is written along the way
-    shown = data.tests["test"].to(device)
-    fixed = torch.randn(len(shown), cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
-    scored = {"val": data.choice_sets(), **data.tests}  # best.pt is chosen on "val": training label sets
-
-    def save(name: str, step: int) -> None:
-        run.save_checkpoint(folder.folder / name, dict(
-            G=G.state_dict(), D=D.state_dict(), ema=ema.state_dict(), opt_g=opt_g.state_dict(),
-            opt_d=opt_d.state_dict(), step=step, best=best, sums=sums, logged=logged,
-            data=data.digest, rng=run.rng_state(device), config=vars(cfg)))
-
-    def due(every: int, step: int) -> bool:
-        return bool(every) and (step % every == 0 or step == cfg.iters)
-
-    # ---- the loop
-    columns = [*names, *(f"accuracy_{name}" for name in scored)]
-    name = "sngan_iclevr" + ("-drawn" if cfg.data == "drawn" else "")
-    with run.Run(cfg, Path(__file__).name, name, resume, start, columns) as folder:
-        step = start
-        for step in range(start + 1, cfg.iters + 1):
-            if cfg.lr_decay_from and step > cfg.lr_decay_from:
-                left = (cfg.iters - step + 1) / (cfg.iters - cfg.lr_decay_from)
-                opt_g.param_groups[0]["lr"].fill_(cfg.lr_g * left)
-                opt_d.param_groups[0]["lr"].fill_(cfg.lr_d * left)
-            ema_weight.fill_(1 - min(cfg.ema, step / (step + 10)))  # the first steps are soon forgotten
-            iteration([batches((step - 1) * cfg.n_dis + k) for k in range(cfg.n_dis)])
-
-            stop = folder.signal is not None
-            if due(cfg.log_every, step):
-                means = dict(zip(names, (sums / (step - logged)).tolist()))
-                sums.zero_()
-                logged = step
-                folder.log(step, **means)
-                folder.status(step, **means)
-            if due(cfg.sample_every, step):
-                heading = f"{title(cfg, data)}, step {step}: test.json, one set each"
-                folder.picture(step, ema(fixed, shown), heading)
-            if judge and due(cfg.eval_every, step):
-                results = evaluator.score_sets(ema, cfg.z_dim, judge, scored, cfg.eval_draws, cfg.seed,
-                                               device)
-                folder.log(step, **{f"accuracy_{name}": r["accuracy"][0] for name, r in results.items()})
-                if results["val"]["accuracy"][0] > best:
-                    best = results["val"]["accuracy"][0]
-                    save("best.pt", step)
-            if stop or step == cfg.iters or due(cfg.save_every, step):  # the end is always kept
-                save("last.pt", step)
-            if stop:
-                break
-
-        # ---- the end
-        folder.draw_progress(title(cfg, data))
-        if folder.signal is not None:
-            print(f"\nstopped at step {step}; to go on: {Path(__file__).name} --resume {folder.folder}")
-            return 128 + folder.signal
-        draw(cfg, ema, data, folder.folder, title(cfg, data))
-        print(f"{folder.folder}: {step} iterations, {folder.seconds:.0f} s")
-        if judge:
-            evaluate(cfg, data, judge, folder.folder, device)
-    return 0
-
-
-def title(cfg: Config, data: LabelledScenes) -> str:
-    return f"sngan_iclevr on {data.name}, ch {cfg.ch}, seed {cfg.seed}"
-
-
-# ---------------------------------------------------------------------- pictures and scores
-
-def load(cfg: Config, folder: Path, name: str, n_classes: int, device: torch.device) -> tuple[Generator, int]:
-    """The averaged G of a checkpoint and the step it is from."""
-    state = run.load_checkpoint(folder / name, device)
-    _, _, ema = build(cfg, n_classes, device)
-    ema.load_state_dict(state["ema"])
-    return ema, state["step"]
-
-
-@torch.no_grad()
-def draw(cfg: Config, ema: Generator, data: LabelledScenes, folder: Path, heading: str) -> None:
-    """Grids: both test lists, real beside generated, every object alone, and ways from one z to another."""
-    device, g = next(ema.parameters()).device, torch.Generator().manual_seed(cfg.seed)
-
-    def make(labels: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
-        z = torch.randn(len(labels), cfg.z_dim, generator=g) if z is None else z
-        return ema(z.to(device), labels.to(device)).cpu()
-
-    for name, labels in data.tests.items():
-        run.save_grid(folder / f"{name}.png", make(labels), f"{heading}: {name}.json, one set each")
-
-    # four pairs of rows: real images, and under them generated ones with the same labels
-    index = torch.randint(len(data.images), (32,), generator=g)
-    real = data.images[index].float() / 127.5 - 1
-    rows = torch.stack([real, make(data.labels[index])]).unflatten(1, (4, 8)).transpose(0, 1)
-    kind = "drawn" if cfg.data == "drawn" else "real"
-    run.save_grid(folder / "real_beside_generated.png", rows.flatten(0, 2),
-                  f"{heading}: rows of {kind} images, under each generated ones with the same labels")
-
-    null = len(data.classes)
-    alone = torch.tensor([[i, null, null] for i in range(null)])
-    one_z = torch.randn(1, cfg.z_dim, generator=g).expand(null, -1)
-    run.save_grid(folder / "objects.png", make(alone, one_z), f"{heading}: each object alone, one z")
-
-    labels = data.tests["test"][torch.randperm(len(data.tests["test"]), generator=g)[:6]]
-    ends = torch.randn(2, len(labels), 1, cfg.z_dim, generator=g)
-    way = ends[0] + torch.linspace(0, 1, 8)[:, None] * (ends[1] - ends[0])  # [6, 8, z_dim]
-    run.save_grid(folder / "interpolation.png", make(labels.repeat_interleave(8, 0), way.flatten(0, 1)),
-                  f"{heading}: from one z to another, labels fixed along a row")
-
-
-def evaluate(cfg: Config, data: LabelledScenes, judge: evaluator.Judge, folder: Path,
-             device: torch.device) -> None:
-    """Score best.pt and last.pt on both test lists; print the tables and write scores.json."""
-    scores = {"data": data.name, "judge": judge.title, "judge_held_out": judge.held_out,
-              "draws": cfg.eval_draws, "seed": cfg.seed}
-    for name in ("best", "last"):
-        if (folder / f"{name}.pt").exists():
-            ema, step = load(cfg, folder, f"{name}.pt", len(data.classes), device)
-            results = evaluator.score_sets(ema, cfg.z_dim, judge, data.tests, cfg.eval_draws, cfg.seed + 1,
-                                           device)  # other z than best.pt was chosen with
-            scores[name] = {"step": step, **results}
-            print(f"\n{name}.pt (step {step}), {data.name}, {cfg.eval_draws} draws; judge: {judge.title}")
-            # a sweep's and the README's table take this; of best.pt where there is one
-            scores.setdefault("summary", {f"accuracy {test}": r["accuracy"] for test, r in results.items()})
-            evaluator.print_table(results, ["accuracy", "exact", "accuracy_1", "accuracy_2", "accuracy_3"])
-    run.write_whole(folder / "scores.json", lambda p: p.write_text(json.dumps(scores, indent=1) + "\n"))
-
-
-def main() -> int:
-    action, cfg, folder = run.parse(Config, QUICK, __doc__)
-    if action == "sweep":
-        return run.sweep(cfg, train)
-    if action in ("train", "resume"):
-        return train(cfg, folder)
-    device = run.pick_device(cfg.device)
-    data = load_iclevr(cfg.data, cfg.image_size, cfg.n_scenes)
-    name = "best.pt" if (folder / "best.pt").exists() else "last.pt"
-    ema, step = load(cfg, folder, name, len(data.classes), device)
-    if action == "sample":
-        draw(cfg, ema, data, folder, f"{title(cfg, data)}, step {step}")
-        print(f"wrote the grids to {folder}")
-        return 0
-    judge = evaluator.get_judge(cfg.judge, data, cfg.judge_width, cfg.judge_steps, device)
-    if judge is None:
-        raise run.UserError("--eval needs a judge: --judge auto, or the path of one")
-    evaluate(cfg, data, judge, folder, device)
-    return 0
+    scores = {}
+    for name, step in run.checkpoints("last", "best"):  # summary and pictures are of best.pt
+        if judge:  # other z than best.pt was chosen with
+            scores[name] = {"step": step} | evaluator.score_sets(sample, cfg.z_dim, judge, data.tests,
+                                                                 cfg.eval_draws, cfg.seed + 1)
+    if run.wants_pictures:
+        save_scenes(sample, cfg.z_dim, data, run.folder, f"{title}, step {step}", cfg.seed)
+    if judge:
+        evaluator.report(run, data, judge, scores, [f"accuracy {name}" for name in data.tests])
 
 
 if __name__ == "__main__":
-    run.entry(main)
+    launch(main, Config, QUICK)

@@ -1,192 +1,219 @@
-"""common/fid.py beside pytorch-fid: the distance alone, features of a folder of PNGs, and memory.
+"""FID, KID, precision and recall between folders of images.
 
-    pip install pytorch-fid
-    python benchmarks/fid.py        # about ten minutes on two CPU cores
+    python benchmarks/fid.py generated/ real/               # FID between two folders of images
+    python benchmarks/fid.py generated/ real.npz            # statistics saved before, pytorch-fid's too
+    python benchmarks/fid.py --save-stats real/ real.npz
+    python benchmarks/fid.py --kid --pr generated/ real/
 
-distance: of two full covariances at 2048 dimensions. features: from a folder of PNGs to mean and covariance,
-both networks with the same random weights (so no download; the values mean nothing, but must be the same).
-Rounds alternate; medians over the rounds, and of the rounds' ratios, are printed and, with --json FILE,
-written. memory: the peak of a process, by the number of images: of Moments alone, and of the whole pipeline.
+FID is common/fid.py's: the 2015-12-05 Inception weights and pytorch-fid's pipeline.
 """
-import argparse
-import json
-import os
-import resource
-import subprocess
 import sys
-import tempfile
-import time
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.cli import Parser  # noqa: E402
+from common.fid import Moments, features, frechet_distance, load_inception  # noqa: E402
+from common.system import UserError, exit_status, pick_device, write_whole  # noqa: E402
 
-from common import fid  # noqa: E402
-
-
-def random_weights() -> dict[str, torch.Tensor]:
-    """In the layout of the weight file, such that features neither vanish nor explode."""
-    g, state = torch.Generator().manual_seed(0), fid.Inception().state_dict()
-    for key, value in state.items():
-        noise = torch.randn(value.shape, generator=g)
-        if value.ndim > 1:
-            state[key] = noise * (2 / value[0].numel()) ** 0.5
-        elif key.endswith(("bn.weight", "running_var")):
-            state[key] = 1 + 0.3 * noise.clamp(-2, 2)
-        else:
-            state[key] = 0.3 * noise if value.is_floating_point() else torch.zeros_like(value)
-    return state
+SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # as pytorch-fid
 
 
-def pictures(folder: Path, n: int, size: int, seed: int) -> Path:
-    """n PNGs of smooth random colours."""
-    folder.mkdir()
+@dataclass
+class Statistics:
+    """Mean [D] and covariance [D, D] of features, in float64, and how many they are of (None: unknown)."""
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: int | None
+
+    def save(self, path: Path) -> None:
+        """Write mu, sigma (what pytorch-fid reads and writes) and the count n to an .npz."""
+        try:
+            write_whole(path, lambda p: np.savez(p, mu=self.mean, sigma=self.covariance, n=self.count))
+        except OSError as error:
+            raise UserError(f"{path} can't be written ({error.strerror}): name another file") from None
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """Read what save() or pytorch-fid wrote; raises UserError for anything else."""
+        try:
+            with np.load(path) as f:
+                mu, sigma = (np.asarray(f[key], np.float64) for key in ("mu", "sigma"))
+                count = int(f["n"]) if "n" in f else None
+        except KeyError:
+            raise UserError(f"{path} has no arrays mu and sigma: write it with --save-stats") from None
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            reason = str(error).split("\n")[0][:100]
+            raise UserError(f"{path} can't be read as .npz statistics ({reason}): write it again") from None
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise UserError(f"{path} should hold mu [D] and sigma [D, D], has {mu.shape} and {sigma.shape}")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise UserError(f"{path} has NaN or infinite values: write it again from images that have none")
+        return cls(mu, sigma, count)
+
+
+def kid(
+    x: torch.Tensor, y: torch.Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Kernel inception distance of features [N, D] and [M, D]: mean and standard deviation over subsets.
+
+    Unbiased squared MMD with the kernel (xᵀy / D + 1)³ (Bińkowski et al. 2018, eq. 4 and section 4). Subsets are
+    sampled without replacement and are at most as large as the smaller set.
+    """
+    m = min(subset_size, len(x), len(y))
+    if m < 2:
+        raise UserError(f"KID needs at least 2 images on each side, there are {len(x)} and {len(y)}")
     g = torch.Generator().manual_seed(seed)
-    for i in range(n):
-        coarse = torch.rand(1, 3, 6, 6, generator=g) ** (1 + 0.2 * seed)
-        smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
-        Image.fromarray((smooth[0] * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{i:05}.png")
-    return folder
+    estimates = []
+    for _ in range(subsets):
+        a, b = (s[torch.randperm(len(s), generator=g)[:m].to(s.device)].double() for s in (x, y))
+        xx, yy, xy = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1))  # without pairs of an image with itself
+        estimates.append((within - 2 * xy.mean()).item())
+    return float(np.mean(estimates)), float(np.std(estimates))
 
 
-def ours(net: fid.Inception, folder: Path, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    moments = fid.Moments()
-    for batch in fid.features(net, fid.read_images(fid.list_images(folder), batch_size)):
-        moments.update(batch)
-    return moments.mean.numpy(), moments.covariance.numpy()
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2) of features [N, D] and [M, D].
+
+    Precision is the share of fakes that lie nearer to some real image than its k-th nearest real neighbour;
+    recall is the same with the roles swapped. Raises UserError for k or fewer images.
+    """
+    real, fake = real.double(), fake.double()
+    if min(len(real), len(fake)) <= k:
+        raise UserError(f"precision and recall need more than k = {k} images on each side, there are "
+                        f"{len(real)} and {len(fake)}")
+
+    def radii(x):  # a point is its own nearest, hence k + 1
+        return torch.cat([_squared_distances(rows, x).kthvalue(k + 1).values for rows in x.split(256)])
+
+    def covered(x, by):
+        r = radii(by)
+        return torch.cat([(_squared_distances(rows, by) <= r).any(1) for rows in x.split(256)])
+
+    return covered(fake, real).double().mean().item(), covered(real, fake).double().mean().item()
 
 
-def timed(call) -> tuple:
-    start = time.perf_counter()
-    result = call()
-    return result, time.perf_counter() - start
+def _squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[N, M]; rounding noise is set to exactly zero, so that equal points stay equal."""
+    norms = (x * x).sum(1)[:, None] + (y * y).sum(1)
+    squares = norms - 2 * x @ y.T
+    return squares.masked_fill(squares < 1e-12 * norms, 0.0)
 
 
-def compare(name: str, mine, other, rounds: int) -> tuple[dict, tuple, tuple]:
-    """Medians over alternating rounds, after one of each that warms up, and what both returned."""
-    rows = []
-    for i in range(rounds + 1):
-        order = (mine, other) if i % 2 else (other, mine)
-        results = {call: timed(call) for call in order}
-        if i:
-            rows.append((results[mine][1], results[other][1]))
-            print(f"{name}, round {i}: {rows[-1][0]:.2f} s, pytorch-fid {rows[-1][1]:.2f} s", flush=True)
-    ratio = median(b / a for a, b in rows)
-    figures = {"seconds": median(a for a, _ in rows), "pytorch-fid, seconds": median(b for _, b in rows),
-               "pytorch-fid ÷ ours, median of rounds": ratio}
-    return {k: round(v, 3) for k, v in figures.items()}, results[mine][0], results[other][0]
+# ---------------------------------------------------------------------- folders of images
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The images directly in a folder, sorted, by the suffixes that pytorch-fid knows.
+
+    Raises UserError for a missing folder, fewer than two images, an unreadable one, or several sizes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of images (statistics end in .npz)")
+    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    if len(files) < 2:
+        raise UserError(f"{folder} has {len(files) or 'no'} image{'s'[len(files):]}, at least 2 are needed, "
+                        f"directly in it, ending in {' '.join(sorted(SUFFIXES))}")
+    with ThreadPoolExecutor() as pool:
+        sizes = list(pool.map(lambda file: _look(file, lambda image: image.size), files))
+    for file, size in zip(files, sizes):
+        if size != sizes[0]:
+            raise UserError(f"{folder} has images of several sizes: {files[0].name} has {sizes[0]} pixels, "
+                            f"{file.name} {size}. Resize them to one")
+    return files
 
 
-def agreement(a: float, b: float) -> dict[str, float]:
-    return {"ours": float(a), "pytorch-fid": float(b), "relative difference": abs(float(a / b) - 1)}
+def read_images(
+    files: list[Path], batch_size: int, device: torch.device | str = "cpu"
+) -> Iterator[torch.Tensor]:
+    """Batches uint8 [N, 3, H, W] of the files in order, decoded by threads up to two batches ahead."""
+    with ThreadPoolExecutor(4) as pool:
+        ahead = deque()
+        for i in range(0, len(files), batch_size):
+            ahead.append([pool.submit(_look, file, lambda image: np.array(image.convert("RGB")))
+                          for file in files[i:i + batch_size]])
+            if len(ahead) > 2:
+                yield _stack(ahead.popleft(), device)
+        while ahead:
+            yield _stack(ahead.popleft(), device)
 
 
-def only(args: argparse.Namespace) -> None:
-    """What a child process does for the memory figures."""
-    kind, n = args.only.split(":")
-    if kind == "moments":
-        moments, g = fid.Moments(), torch.Generator().manual_seed(0)
-        for _ in range(int(n) // args.batch_size):
-            moments.update(torch.rand(args.batch_size, 2048, generator=g))
-        moments.covariance
-    else:
-        net = fid.Inception()
-        net.load_state_dict(random_weights())
-        ours(net, Path(args.folder) / n, args.batch_size)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+def _stack(pending: list, device: torch.device | str) -> torch.Tensor:
+    return torch.from_numpy(np.stack([p.result() for p in pending])).to(device).permute(0, 3, 1, 2)
 
 
-def memory(args: argparse.Namespace) -> dict[str, int]:
-    """Peaks of child processes. To be called first: a child's peak is never below what its parent holds."""
-    peaks = {}
-    with tempfile.TemporaryDirectory() as top:
-        for n in args.pipeline:
-            pictures(Path(top) / str(n), n, args.image_size, 0)
-        for kind, numbers in (("moments", args.moments), ("pipeline", args.pipeline)):
-            for n in numbers:
-                command = [sys.executable, __file__, "--threads", str(args.threads), "--batch-size",
-                           str(args.batch_size), "--folder", top, "--only", f"{kind}:{n}"]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                peaks[f"{kind} of {n} images"] = int(done.stdout)
-                print(f"peak memory, {kind} of {n} images: {int(done.stdout)} MiB", flush=True)
-    return peaks
-
-
-def main() -> int | None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    for name, value in (("images", 64), ("image-size", 64), ("batch-size", 50), ("rounds", 3),
-                        ("threads", 2)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--moments", type=int, nargs="+", default=[1000, 20_000, 100_000], metavar="N")
-    parser.add_argument("--pipeline", type=int, nargs="+", default=[100, 300], metavar="N")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.only:
-        only(args)
-        return
+def _look(file: Path, at: Callable):
+    """at(image) of the open image; raises UserError for a damaged file."""
     try:
-        from pytorch_fid import fid_score, inception
-    except ImportError:
-        print("error: pytorch-fid is what this compares with: pip install pytorch-fid", file=sys.stderr)
-        return 2
-    fid_score.tqdm = lambda loader: loader
-    # It calls sqrtm(…, disp=False) for a pair, which SciPy deprecates in 1.17 and removes in 1.18.
-    sqrtm = fid_score.linalg.sqrtm
-    fid_score.linalg.sqrtm = lambda a, disp=True: sqrtm(a) if disp else (sqrtm(a), None)
-    result = {"peak MiB": memory(args)}
+        with Image.open(file) as image:
+            return at(image)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise UserError(f"{file} can't be read as an image ({error}): replace or remove it") from None
 
-    rng = np.random.default_rng(0)
-    axes = rng.normal(size=(2048, 2048)) / 2048 ** 0.5  # mixes them, so that covariances are full matrices
-    samples = (rng.normal(size=(5000, 2048)) * rng.uniform(0.1, 1, 2048) @ axes for _ in range(2))
-    stats = [part for x in samples for part in (x.mean(0), np.cov(x, rowvar=False))]
-    row, a, b = compare("distance", lambda: fid.frechet_distance(*stats),
-                        lambda: fid_score.calculate_frechet_distance(*stats), args.rounds)
-    result["distance"] = row | agreement(a, b)
 
-    with tempfile.TemporaryDirectory() as top:
-        state = random_weights()
-        net = fid.Inception()
-        net.load_state_dict(state)
-        net.to(memory_format=torch.channels_last)  # as load_inception does
-        inception.load_state_dict_from_url = lambda *_, **__: state
-        reference = inception.InceptionV3()
-        folders = [pictures(Path(top) / name, args.images, args.image_size, i) for i, name in enumerate("ab")]
+# ---------------------------------------------------------------------- command line
 
-        def theirs(folder: Path):
-            workers = min(len(os.sched_getaffinity(0)), 8)  # its command line's default
-            return fid_score.compute_statistics_of_path(str(folder), reference, args.batch_size, 2048, "cpu",
-                                                        workers)
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("a", metavar="A", help="a folder of images, or an .npz of statistics")
+    parser.add_argument("b", metavar="B", help="the same, or the .npz to write with --save-stats")
+    parser.add_argument("--fid-weights", default="auto", metavar="PATH|auto",
+                        help="the Inception weights; auto: from torch's hub cache, fetched there at first")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
+    parser.add_argument("--batch-size", type=int, default=50, help="images at a time (default: 50)")
+    parser.add_argument("--save-stats", action="store_true", help="write the statistics of folder A to B")
+    parser.add_argument("--kid", action="store_true", help="KID too (keeps the features in memory)")
+    parser.add_argument("--pr", action="store_true", help="precision and recall too: A generated, B real")
+    args = parser.parse_args(argv)
 
-        row, a, b = compare("features", lambda: ours(net, folders[0], args.batch_size),
-                            lambda: theirs(folders[0]), args.rounds)
-        row |= {f"{who}seconds an image": round(row[f"{who}seconds"] / args.images, 4)
-                for who in ("", "pytorch-fid, ")}
-        # Fewer features have full rank, as those of many images do: sqrtm of less is rough and slow.
-        some = slice(None, None, -(-2048 * 4 // args.images))
-        one, other = (distance(*(part for mu, sigma in both for part in (mu[some], sigma[some, some])))
-                      for distance, both in (
-                          (fid.frechet_distance, (a, ours(net, folders[1], args.batch_size))),
-                          (fid_score.calculate_frechet_distance, (b, theirs(folders[1])))))
-        row["features compared"] = len(a[0][some])
-        result["features"] = row | agreement(one, other)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    keep, target = args.kid or args.pr, Path(args.b)
+    paths = [Path(args.a)] if args.save_stats else [Path(args.a), target]
+    if keep and (args.save_stats or any(p.suffix == ".npz" for p in paths)):
+        raise UserError("--kid and --pr need two folders of images: statistics don't hold the features")
+    if args.save_stats and (paths[0].suffix == ".npz" or target.suffix != ".npz"):
+        raise UserError("--save-stats takes a folder of images and the .npz to write, in this order")
+    if args.save_stats and (target.exists() or not target.parent.is_dir()):
+        why = "exists and is not overwritten" if target.exists() else "is not in an existing folder"
+        raise UserError(f"--save-stats {target} {why}: choose another name")
+    sides = [Statistics.load(p) if p.suffix == ".npz" else list_images(p) for p in paths]
+    dims = [len(side.mean) for side in sides if isinstance(side, Statistics)]
+    if len(dims) == 1 and dims != [2048]:
+        raise UserError(f"{dims[0]} dimensions of statistics can't be compared with the 2048 of images")
 
-    for name, figures in result.items():
-        print(f"{name}: " + ", ".join(f"{k} {v:.6g}" for k, v in figures.items()))
-    if args.json:
-        from common.run import circumstances
-        result["command"] = " ".join(["benchmarks/fid.py", *sys.argv[1:]])
-        result |= circumstances("cpu")
-        Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    device, kept = pick_device(args.device), [[], []]
+    net = load_inception(args.fid_weights, device) if len(dims) < len(sides) else None
+    for i, side in enumerate(sides):
+        if not isinstance(side, Statistics):
+            moments = Moments()
+            for batch in features(net, read_images(side, args.batch_size, device)):
+                moments.update(batch)
+                kept[i] += [batch] if keep else []
+            sides[i] = Statistics(moments.mean.numpy(), moments.covariance.numpy(), moments.count)
+    if args.save_stats:
+        sides[0].save(target)
+        print(f"wrote {target} (N = {sides[0].count})")
+        return
+    distance = frechet_distance(*(part for side in sides for part in (side.mean, side.covariance)))
+    n, m = ("unknown" if side.count is None else side.count for side in sides)
+    print(f"FID: {distance:.6f} (N = {n} and {m})")
+    if args.kid:
+        mean, std = kid(torch.cat(kept[0]), torch.cat(kept[1]))
+        print(f"KID: {mean:.6f} ± {std:.6f} (100 subsets of {min(1000, n, m)})")
+    if args.pr:
+        precision, recall = precision_recall(torch.cat(kept[1]), torch.cat(kept[0]))
+        print(f"precision: {precision:.4f}, recall: {recall:.4f} (k = 3, B is real)")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -1,4 +1,4 @@
-"""Adversarial losses on raw scores (logits) [B], averaged over the batch, and penalties on D's gradients."""
+"""Adversarial losses of scores (logits) [B], averaged over the batch, and penalties on D's gradients."""
 from collections.abc import Callable
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 def hinge_d(real: torch.Tensor, fake: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
     """Hinge loss of D, E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))] (Miyato et al. 2018, eq. 16).
 
-    flip: bool [2, B]; where True a real (row 0) or fake (row 1) image counts as the other kind.
+    flip: bool [2, B]; where True the target of a real (row 0) or fake (row 1) image is swapped.
     """
     if flip is None:
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
@@ -17,12 +17,12 @@ def hinge_d(real: torch.Tensor, fake: torch.Tensor, flip: torch.Tensor | None = 
 
 
 def hinge_g(fake: torch.Tensor) -> torch.Tensor:
-    """Loss of G that goes with it: -E[D(G(z))]."""
+    """Loss of G for hinge_d and wasserstein_d: -E[D(G(z))]."""
     return -fake.mean()
 
 
 def relativistic(real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores relative to the mean of the other kind (relativistic average GAN, Jolicoeur-Martineau 2018)."""
+    """Scores minus the mean score of the other kind (relativistic average GAN, Jolicoeur-Martineau 2018)."""
     return real - fake.mean(), fake - real.mean()
 
 
@@ -32,12 +32,12 @@ def bce_d(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def bce_g(fake: torch.Tensor) -> torch.Tensor:
-    """Loss of G that goes with it, in its non-saturating form: -E[log σ(D(G(z)))] (their section 3)."""
+    """Non-saturating loss of G for bce_d: -E[log σ(D(G(z)))] (Goodfellow et al. 2014, section 3)."""
     return F.softplus(-fake).mean()
 
 
 def wasserstein_d(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Loss of a critic, E[D(G(z))] - E[D(x)] (Arjovsky et al. 2017, eq. 2); G's is hinge_g's."""
+    """Loss of a critic, E[D(G(z))] - E[D(x)] (Arjovsky et al. 2017, eq. 2)."""
     return fake.mean() - real.mean()
 
 
@@ -45,10 +45,10 @@ Critic = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] → score
 
 
 def _gradients_between(critic: Critic, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """∇D [B, C·H·W] at a random point, one for each pair, on the line between real and fake [B, C, H, W].
+    """∇D [B, C·H·W] at one random point on the line between each pair of real and fake [B, C, H, W].
 
-    In fp32 whatever autocast says (a power of a small gradient is 0 in 16 bits), with a graph to train D by.
-    Where D has batch norm the points of a batch share statistics, and a gradient is that of the batch's sum.
+    Always in fp32: under autocast, powers of small gradients would vanish. The graph is kept, to train D. With
+    batch norm in D, the points share its statistics, and the gradient is that of the sum of their scores.
     """
     with torch.autocast(real.device.type, enabled=False):
         share = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
@@ -57,7 +57,7 @@ def _gradients_between(critic: Critic, real: torch.Tensor, fake: torch.Tensor) -
 
 
 def gradient_penalty(critic: Critic, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """E[(‖∇D(x̂)‖₂ - 1)²], the norm over all of an image's values (WGAN-GP: Gulrajani et al. 2017, eq. 3).
+    """E[(‖∇D(x̂)‖₂ - 1)²], with the norm over all values of an image (WGAN-GP: Gulrajani et al. 2017, eq. 3).
 
     vector_norm has gradient 0 where the norm is 0; a square root there would give NaN.
     """
@@ -66,5 +66,5 @@ def gradient_penalty(critic: Critic, real: torch.Tensor, fake: torch.Tensor) -> 
 
 def wasserstein_divergence(critic: Critic, real: torch.Tensor, fake: torch.Tensor, k: float = 2,
                            p: float = 6) -> torch.Tensor:
-    """k E[‖∇D(x̂)‖₂^p], which D's loss adds to wasserstein_d (WGAN-div: Wu et al. 2018, Algorithm 1)."""
+    """k E[‖∇D(x̂)‖₂^p], the penalty of WGAN-div, added to wasserstein_d (Wu et al. 2018, Algorithm 1)."""
     return k * torch.linalg.vector_norm(_gradients_between(critic, real, fake), dim=1).pow(p).mean()

@@ -1,0 +1,122 @@
+"""The command line: every field of a script's Config is a flag, and its trailing comment the help text."""
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import re
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from common.system import UserError
+
+ACTIONS = {"resume": "continue", "sample": "save pictures of", "eval": "score"}
+# the fields that --resume may change, and those that --sample and --eval may
+FREE_ON_RESUME = ("iters", "log_every", "sample_every", "eval_every", "save_every")
+FREE_ON_USE = ("device", "precision", "judge", "seed", "eval_draws", "eval_images", "fid_weights", "pairs",
+               "category")
+
+
+@dataclasses.dataclass
+class Settings:
+    """The flags that every script has; a script's Config inherits them and adds its own."""
+    out: str = ""  # folder of the run; empty: runs/SCRIPT
+    seed: int = 0  # of weights, noise and the order of batches
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the networks; penalties stay fp32
+    deterministic: bool = False  # the same bits in each CUDA run, a little slower
+    log_every: int = 100  # iterations between rows of losses in metrics.csv
+    sample_every: int = 500  # iterations between pictures; 0: never
+    eval_every: int = 1000  # iterations between scores; the best is kept as best.pt; 0: never
+    save_every: int = 1000  # iterations between checkpoints
+    judge: str = "auto"  # auto (trained once and cached), none, or a checkpoint of a classifier
+    judge_width: int = 64  # width of the judge that auto trains; for scenes and faces 64 is ResNet-18
+    judge_steps: int = 5000  # its training steps
+
+    def __post_init__(self):
+        """Check ranges: counts are at least 1 (*_every: 0), other numbers at least 0, averages below 1."""
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), field.default
+            if type(default) not in (int, float):
+                continue
+            least = int(type(default) is int and default > 0 and not field.name.endswith("_every"))
+            if not math.isfinite(value) or value < least:
+                raise UserError(f"{flag(field.name)} {value}: must be at least {least}")
+            if field.name == "ema" and value >= 1:
+                raise UserError(f"--ema {value}: must be below 1")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UserError for a wrong command line."""
+
+    def __init__(self, *args, **options):
+        options |= dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(*args, **options)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(Config: type[Settings], quick: dict, description: str, argv: list[str] | None = None):
+    """Read the command line into (action, config, folder).
+
+    action is "train", "resume", "sample" or "eval"; folder is the run that the last three name, else None.
+    quick: the values that --quick presets. Raises UserError for anything that does not fit, config.json of
+    the named run included.
+    """
+    source = "".join(map(inspect.getsource, (Config, Settings)))
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", source, re.M))
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
+    preset = ", ".join(f"{name} {value}" for name, value in quick.items())
+    parser.add_argument("--quick", action="store_true", help=f"a short run for two CPU cores: {preset}")
+    group = parser.add_mutually_exclusive_group()
+    for action, text in ACTIONS.items():
+        group.add_argument(f"--{action}", metavar="RUN", help=f"{text} the run in this folder")
+    for field in sorted(dataclasses.fields(Config), key=lambda f: f.name not in Config.__annotations__):
+        kind, comment = field.type, comments.get(field.name, "")
+        text = f"{comment} (default: {field.default})".replace("%", "%%")
+        if kind is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        elif get_origin(kind) is Literal:
+            options = dict(type=type(get_args(kind)[0]), choices=get_args(kind))
+        else:
+            options = dict(type=kind, metavar=kind.__name__.upper())
+        parser.add_argument(flag(field.name), help=text, **options)
+    given = vars(parser.parse_args(argv))
+    use_quick = given.pop("quick", False)
+    action = next((action for action in ACTIONS if action in given), "train")
+    if action == "train":
+        return action, Config(**(quick if use_quick else {}) | given), None
+    folder = Path(given.pop(action))
+    if use_quick:
+        raise UserError(f"--quick is for a new run; {folder} has its own settings")
+    cfg = stored_config(Config, folder, given, FREE_ON_RESUME if action == "resume" else FREE_ON_USE)
+    if action == "eval" and cfg.judge == "none":
+        raise UserError("--eval needs a judge: use --judge auto, or name a checkpoint")
+    return action, cfg, folder
+
+
+def stored_config(Config: type[Settings], folder: Path, given: dict, free: tuple[str, ...]):
+    """The config of the run in `folder` with the given values, which may differ only in the `free` fields."""
+    path, script = folder / "config.json", Path(inspect.getfile(Config)).name
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run: it has no config.json. Name a folder that {script} wrote")
+    try:
+        content = json.loads(path.read_text())
+        made_by, values = content["script"], content["config"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged, or was not written by these scripts") from None
+    if made_by != script:
+        raise UserError(f"{folder} is a run of {made_by}, not of {script}: call that script")
+    if odd := set(values) ^ {field.name for field in dataclasses.fields(Config)}:
+        raise UserError(f"{path} is from another version of {script} (fields {sorted(odd)}): use that one")
+    differs = [name for name, value in given.items() if value != values[name] and name not in free]
+    if differs:
+        what = ", ".join(f"{flag(name)} is {values[name]!r} there, {given[name]!r} here" for name in differs)
+        raise UserError(f"{folder} was made with other settings: {what}. Leave these flags out, or start a "
+                        f"new run (only {', '.join(map(flag, free))} may change)")
+    return Config(**values | given)

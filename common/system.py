@@ -1,0 +1,109 @@
+"""Errors that a user sees, the device, and files that are written whole."""
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake in the user's input, in one line: what, where, what to do. Ends a script with status 2."""
+
+
+class NotFinite(Exception):
+    """A loss or a weight is no longer a finite number. Ends a script with status 3."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work; args: message, number of the signal. Ends a script with 128 + number."""
+
+
+def exit_status(main: Callable[[], int | None]) -> int:
+    """Call main; its exit status, with errors and stops as one line."""
+    try:
+        return main() or 0
+    except (UserError, NotFinite) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3 if isinstance(error, NotFinite) else 2
+    except Stopped as stopped:
+        print(f"\n{stopped.args[0]}")
+        return 128 + stopped.args[1]
+    except KeyboardInterrupt:
+        return 130
+
+
+def pick_device(name: str, deterministic: bool = False) -> torch.device:
+    """The device of that name; "auto" is CUDA if available, else the CPU.
+
+    deterministic: only kernels that give the same bits in each run. Raises UserError for an unusable device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--device {name} is not available ({reason}): use --device cpu") from None
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 in matrix products
+        torch.backends.cudnn.benchmark = not deterministic
+    return device
+
+
+def hardware(device: torch.device) -> str:
+    """The names of the processor and, on CUDA, the GPU; and the number of threads."""
+    try:
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):
+        name = platform.processor() or platform.machine()
+    n = torch.get_num_threads()
+    name += f", {n} thread{'s' if n > 1 else ''}"
+    return f"{torch.cuda.get_device_name(device)}; {name}" if device.type == "cuda" else name
+
+
+def circumstances(device: torch.device) -> dict[str, str]:
+    """What a figure depends on besides the settings: commit, hardware, torch version."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"commit": commit, "hardware": hardware(device), "torch": torch.__version__}
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a temporary file, sync it, rename it: `path` is either complete or unchanged."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def free_folder(out: str, name: str) -> Path:
+    """The folder `out`, which must hold no file; if empty, the first free one of runs/NAME, runs/NAME-2, …
+
+    Raises UserError, also for a folder that can't be made.
+    """
+    folder, number = Path(out or f"runs/{name}"), 1
+    if out and (folder.is_file() or any(p.is_file() for p in folder.rglob("[!.]*"))):
+        raise UserError(f"--out {out} already exists, and a run is never overwritten: choose another folder, "
+                        "or continue that run with --resume")
+    while not out and folder.exists():
+        number += 1
+        folder = Path(f"runs/{name}-{number}")
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"{folder} can't be created: {there} is not a writable folder")
+    return folder
