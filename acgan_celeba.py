@@ -3,10 +3,10 @@
 Auxiliary classifier: Odena et al. 2017; WGAN by clipping: Arjovsky et al. 2017; WGAN-GP: Gulrajani et al.
 2017; WGAN-div: Wu et al. 2018; spectral norm: Miyato et al. 2018; projection: Miyato & Koyama 2018.
 
-    python acgan_celeba.py --quick                                   # minutes on two CPU cores
-    python acgan_celeba.py --d-norm spectral --d-cond projection     # the write-up's best of its six, one GPU
-    python acgan_celeba.py --resume runs/acgan_celeba                # continue; --sample and --eval take a run too
-    python benchmarks/sweep.py acgan_celeba.py variants              # all six, one table
+    python acgan_celeba.py --quick                                # minutes on two CPU cores
+    python acgan_celeba.py --d-norm spectral --d-cond projection  # the write-up's best of its six, one GPU
+    python acgan_celeba.py --resume runs/acgan_celeba             # continue; or --sample, --eval a run
+    python benchmarks/sweep.py acgan_celeba.py variants           # all six, one table
 
 Results, with commands and hardware: results/README.md.
 """
@@ -26,9 +26,9 @@ from common import losses
 from common.blocks import Average, frozen, init_dcgan, normed_once
 from common.cli import Settings
 from common.datasets import Batches, Data, load_faces
+from common.errors import UserError
 from common.pictures import real_above_generated, save_grid
 from common.run import Run, launch
-from common.system import UserError
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Config(Settings):
     image_size: Literal[32, 64, 128] = 128  # height and width of the images
     ema: float = 0.0  # decay of the averaged G that is sampled and scored; 0: G itself
     data: str = "auto"  # auto (data/celeba if it exists, else synthetic), synthetic, or a folder of faces
-    attributes: str = ""  # names of attributes, joined by commas; empty: eight of CelebA's, all of another set's
+    attributes: str = ""  # attributes, joined by commas; empty: eight of CelebA's, all of another set's
     crop: int = 0  # side of the square cut out of the middle of each image; 0: the largest
     skip_bad_images: bool = False  # leave out, and count, images that can't be used
     n_synthetic: int = 10_000  # synthetic faces
@@ -63,17 +63,15 @@ class Config(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        refused = {
-            "--loss wgan-clip with --d-norm spectral: spectral norm cancels the weights' size, so clipping does "
-            "nothing; use --d-norm batch, or another loss": self.loss == "wgan-clip" and self.d_norm == "spectral",
-            "--loss wgan-clip with --clip 0 leaves D no weights": self.loss == "wgan-clip" and not self.clip,
-            f"--div-p {self.div_p}: below 1 the penalty's slope is infinite at gradient 0": self.div_p < 1,
-            "--aux-fake with --aux-weight 0: there is no attribute loss to extend; leave one of them out":
-                self.aux_fake and not self.aux_weight,
-        }
-        for reason, holds in refused.items():
-            if holds:
-                raise UserError(reason)
+        if self.loss == "wgan-clip" and self.d_norm == "spectral":
+            raise UserError("--loss wgan-clip with --d-norm spectral: clipping does nothing, since spectral norm "
+                            "cancels the weights' size; use --d-norm batch, or another loss")
+        if self.loss == "wgan-clip" and not self.clip:
+            raise UserError("--loss wgan-clip with --clip 0 leaves D no weights")
+        if self.div_p < 1:
+            raise UserError(f"--div-p {self.div_p}: below 1 the penalty's slope is infinite at gradient 0")
+        if self.aux_fake and not self.aux_weight:
+            raise UserError("--aux-fake with --aux-weight 0: there is no attribute loss to extend")
 
 
 QUICK = dict(iters=1000, n_dis=1, ch=8, image_size=64, ema=0.99, n_synthetic=4000, log_every=50,

@@ -1,8 +1,8 @@
 """Concat-conditioned DCGAN on i-CLEVR: images of one to three requested objects.
 
-DCGAN: Radford et al. 2016; conditions as inputs of both networks: Mirza & Osindero 2014. sngan_iclevr.py, with
-spectral norm and projection, has the same data, scores and pictures. Both squeeze whole images to a square; the
-write-up crops, which would cut off objects that the labels name.
+DCGAN: Radford et al. 2016; conditions as inputs of both networks: Mirza & Osindero 2014. sngan_iclevr.py,
+with spectral norm and projection, has the same data, scores and pictures. Both squeeze whole images to a
+square; the write-up crops, which would cut off objects that the labels name.
 
     python cdcgan_iclevr.py --quick                      # minutes on two CPU cores
     python cdcgan_iclevr.py                              # the full run, 700 epochs, one GPU
@@ -25,9 +25,9 @@ from common import losses
 from common.blocks import Average, frozen, init_dcgan
 from common.cli import Settings
 from common.datasets import Batches, load_iclevr
+from common.errors import UserError
 from common.pictures import names_of, save_scenes
 from common.run import Run, launch
-from common.system import UserError
 
 
 @dataclass

@@ -36,7 +36,7 @@ class Config(Settings):
     hidden_dim: int = 16  # width: feature maps of the layers nearest the image
     net: Literal["conv", "mlp"] = "conv"  # DCGAN, or fully connected layers in both networks
     ema: float = 0.0  # decay of the averaged G that is sampled and scored; 0: G itself
-    data: str = "auto"  # auto (MNIST if available, else synthetic), mnist, synthetic, or the folder of MNIST/raw
+    data: str = "auto"  # auto (MNIST if available, else synthetic), mnist, synthetic, or a folder of MNIST
     n_synthetic: int = 60_000  # synthetic digits to train on
     eval_images: int = 10_000  # generated images per draw that are scored
     eval_draws: int = 3  # draws of z averaged per score
@@ -101,7 +101,7 @@ class Discriminator(nn.Sequential):
 
 def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
            autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update D with real and generated images [B, 1, 32, 32]; d_real and d_fake are means of D(x), D(G(z))."""
+    """Update D with real and generated images [B, 1, 32, 32]; d_real, d_fake: means of D(x), D(G(z))."""
     with autocast():
         # two passes, because real and fake images each need their own batch-norm statistics
         score_real, score_fake = D(real).float(), D(fake.detach()).float()
@@ -114,7 +114,7 @@ def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: t
 
 def g_step(D: nn.Module, opt: torch.optim.Optimizer, fake: torch.Tensor,
            autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update G by its images fake = G(z), still attached to it; d_fake_updated is D(G(z)) after D's update."""
+    """Update G by its images fake = G(z), still attached to it; d_fake_updated: D(G(z)) after D's update."""
     with frozen(D), autocast():
         score = D(fake).float()
     loss = losses.bce_g(score)
@@ -149,7 +149,7 @@ def save_pictures(ema: Average, data: Data, cfg: Config, folder: Path, device: t
     for name, first, last in (("interpolation", 0, 9), ("extrapolation", -5, 14)):
         z = torch.lerp(a, b, torch.arange(first, last + 1)[:, None] / 9)  # [pairs, last - first + 1, latent]
         save_grid(folder / f"{name}.png", ema(z.flatten(0, 1).to(device)),
-                  f"{title}: z1 + i/9 (z2 - z1), i = {first} to {last}, a pair of z per line", nrow=z.shape[1])
+                  f"{title}: z1 + i/9 (z2 - z1), i = {first} to {last}, a pair per line", nrow=z.shape[1])
 
 
 # ---------------------------------------------------------------------- training
@@ -192,8 +192,8 @@ def main(run: Run) -> None:
             run.score(best=-fd, fd_judge=fd, tv_digits=tv)
 
     # the scores of both checkpoints; summary and pictures are of last.pt
-    options = dict(n=cfg.eval_images, draws=cfg.eval_draws, seed=cfg.seed + 1)  # other z than best.pt's choice
-    if judge:
+    options = dict(n=cfg.eval_images, draws=cfg.eval_draws, seed=cfg.seed + 1)
+    if judge:  # other z than best.pt was chosen with
         inception = evaluator.get_inception(cfg.fid_weights, device)
         test = judge.moments(data.test_images)
         scores = {"training images": evaluator.score(data.training_sample, judge, real=test, **options)}

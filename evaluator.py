@@ -1,12 +1,12 @@
 """Judges and scores: do generated images show what was requested?
 
     python evaluator.py scenes --data data/iclevr    # train and cache a judge of i-CLEVR, print its accuracy
-    python evaluator.py digits --data synthetic      # of the synthetic digits; --also mnist tests it on others
+    python evaluator.py digits --data synthetic      # of the synthetic digits; --also mnist: tested on others
     python evaluator.py faces --data data/celeba     # of faces' attributes
 
 A judge is a classifier trained on real (or synthetic) images, whose held-out accuracy is printed with every
-score. A script trains its judge when it first needs one; its `--judge PATH` loads another, such as the i-CLEVR
-course's. "FD (judge)" is the Fréchet distance on a judge's features. It is not FID, which is common/fid.py's.
+score. A script trains its judge when it first needs one; `--judge PATH` loads another, such as the i-CLEVR
+course's. "FD (judge)" is the Fréchet distance on a judge's features. It is not FID, see common/fid.py.
 """
 import sys
 import time
@@ -23,9 +23,10 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from common.cli import Parser
 from common.datasets import Data, load_digits, load_faces, load_iclevr, to_float
+from common.errors import NotFinite, UserError, exit_status, reading
 from common.fid import Inception, Moments, features, frechet_distance, load_inception
 from common.run import Run
-from common.system import NotFinite, UserError, exit_status, pick_device, write_whole
+from common.system import pick_device, write_whole
 
 JUDGES = Path("data") / "judges"
 # (how many, source of randomness) → images [n, C, S, S] in [-1, 1] and their requested labels, or None
@@ -122,7 +123,7 @@ class Judge:
 
 
 def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
-    """The judge that cfg.judge names: "auto" (trained on `data` and cached), "none", or a checkpoint's path."""
+    """The judge that cfg.judge names: "auto" (trained on `data`, cached), "none", or a checkpoint's path."""
     if cfg.judge == "none":
         return None
     path = Path(cfg.judge)
@@ -141,27 +142,19 @@ def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
 
 def load_judge(path: Path, data: Data, device: torch.device) -> Judge:
     """A judge's checkpoint, {"model": weights of the kind's network, …}, like the i-CLEVR course's."""
-    if not path.is_file():
-        raise UserError(f"--judge {path}: no such file")
     kind = KINDS[data.kind]
-    try:
+    with reading(path, f"a judge: under the key 'model' the weights of a {kind.name} with fc.0 a Linear"):
         content = torch.load(path, map_location=device, weights_only=True)
         state = content["model"]
         n_classes, n_features = state["fc.0.weight"].shape
-    except Exception as error:
-        raise UserError(f"--judge {path} is not a judge ({type(error).__name__}): it should hold key 'model' "
-                        f"with the weights of a {kind.name} whose fc is Linear and an activation") from None
     if n_classes != len(data.classes):
-        raise UserError(f"--judge {path} has {n_classes} classes, the data has {len(data.classes)}: use a judge "
-                        "that was trained for this data")
+        raise UserError(f"--judge {path} has {n_classes} classes, the data has {len(data.classes)}: use a "
+                        "judge that was trained for this data")
     width = n_features // kind.features
     with torch.random.fork_rng():
         net = kind.net(n_classes, width).to(device)
-    try:
+    with reading(path, f"a {kind.name}"):
         net.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:120]
-        raise UserError(f"--judge {path} is not a {kind.name}: {reason}") from None
     held_out = content.get("held_out")
     known = f"held-out accuracy {held_out['accuracy']:.4f}" if held_out else "held-out accuracy not known"
     return Judge(net.eval().requires_grad_(False), kind, f"{kind.name} of width {width}, {known}", held_out)
@@ -170,8 +163,8 @@ def load_judge(path: Path, data: Data, device: torch.device) -> Judge:
 def train_judge(data: Data, width: int, steps: int, device: torch.device) -> tuple[nn.Module, dict]:
     """Train a judge on the data's training part; returns it with its scores on the held-out part.
 
-    The held-out images are used once, after training: nothing is chosen by them. AdamW under a one-cycle rate;
-    images are shifted, noised and, except digits, mirrored. The global random state is left alone.
+    The held-out images are used once, after training: nothing is chosen by them. AdamW, one-cycle learning
+    rate; images are shifted, noised and, except digits, mirrored. The global random state is left alone.
     """
     kind, (images, labels, test_images, test_labels) = KINDS[data.kind], data.split()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -210,7 +203,7 @@ def to_size(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def augment(x: torch.Tensor, mirror: bool) -> torch.Tensor:
-    """Shift each image by up to a sixteenth of its size, mirror it at random if wanted, add a little noise."""
+    """Shift each image by up to a sixteenth of its size, mirror it at random if wanted, add some noise."""
     n, _, h, w = x.shape
     if mirror:
         x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
@@ -242,7 +235,7 @@ def count_objects(probabilities: torch.Tensor, labels: torch.Tensor, _groups: tu
     return result
 
 
-def count_digits(probabilities: torch.Tensor, labels: torch.Tensor | None = None, _groups: tuple = ()) -> dict:
+def count_digits(probabilities: torch.Tensor, labels: torch.Tensor | None = None, _groups=()) -> dict:
     """How evenly the ten digits occur: "TV", the total-variation distance of their shares to uniform; "chi2",
     Pearson's against uniform (9 degrees of freedom); "histogram", the shares [10]. With labels: "accuracy".
     """
@@ -273,7 +266,8 @@ def count_attributes(probabilities: torch.Tensor, labels: torch.Tensor | None,
     agree = decide(probabilities, groups) == labels
     right = torch.stack([agree[:, list(c)].all(1) for c in groups], 1) if groups else agree
     right = right.double()
-    return {"accuracy": right.mean().item(), "exact": right.prod(1).mean().item(), "by attribute": right.mean(0)}
+    exact = right.prod(1).mean().item()
+    return {"accuracy": right.mean().item(), "exact": exact, "by attribute": right.mean(0)}
 
 
 def attribute_names(data: Data) -> list[str]:
@@ -404,8 +398,8 @@ def report(run: Run, data: Data, judge: Judge, scores: dict[str, dict], columns:
     Its "summary" is the last row's columns: that of the checkpoint loaded last, which pictures show, too.
     """
     cfg, images = run.cfg, ""
-    about = {"data": data.name, "judge": judge.title, "judge_held_out": judge.held_out, "draws": cfg.eval_draws,
-             "seed": run.trained_seed}
+    about = {"data": data.name, "judge": judge.title, "judge_held_out": judge.held_out,
+             "draws": cfg.eval_draws, "seed": run.trained_seed}
     if data.test_images is not None:
         about |= {"n_real": len(data.test_images), "n_fake": cfg.eval_images}
         images = f"{cfg.eval_images:,} generated and {len(data.test_images):,} held-out images, "
@@ -425,8 +419,8 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("kind", choices=list(KINDS), help="what the judge classifies")
     parser.add_argument("--data", default="auto", help="auto, synthetic, mnist (digits), or the set's folder")
-    parser.add_argument("--image-size", type=int, help="size the images are loaded at (default: 64, digits 32)")
-    parser.add_argument("--judge-width", type=int, default=64, help="64 is ResNet-18; narrower ones are faster")
+    parser.add_argument("--image-size", type=int, help="size of the images (default: 64, digits 32)")
+    parser.add_argument("--judge-width", type=int, default=64, help="64 is ResNet-18; less is faster")
     parser.add_argument("--judge-steps", type=int, default=5000, help="training steps")
     parser.add_argument("--also", help="--data of another set of digits to test it on")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")

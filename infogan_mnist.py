@@ -23,9 +23,9 @@ from common import losses
 from common.blocks import Average, frozen, init_dcgan
 from common.cli import Settings
 from common.datasets import Batches, Data, load_digits, to_float
+from common.errors import UserError
 from common.pictures import save_grid
 from common.run import Run, launch
-from common.system import UserError
 from synthetic.digits import code_effects, spearman
 
 
@@ -39,7 +39,7 @@ class Config(Settings):
     ch: int = 64  # width: feature maps of the layers nearest the image
     image_size: Literal[32, 64] = 64  # height and width of the images
     ema: float = 0.0  # decay of the averaged G that is sampled and scored; 0: G itself
-    data: str = "auto"  # auto (MNIST if available, else synthetic), mnist, synthetic, or the folder of MNIST/raw
+    data: str = "auto"  # auto (MNIST if available, else synthetic), mnist, synthetic, or a folder of MNIST
     n_synthetic: int = 60_000  # synthetic digits to train on
     eval_images: int = 10_000  # generated images per draw that are scored
     eval_draws: int = 3  # draws of z averaged per score
@@ -81,7 +81,6 @@ class Generator(nn.Sequential):
                          *up(code, w[0], 1, 0),  # [B, 8·ch, 4, 4]
                          *layers,  # [B, 4·ch, 8, 8], [B, 2·ch, 16, 16], [B, ch, 32, 32]
                          nn.ConvTranspose2d(ch, 1, 4, 2, 1, bias=False), nn.Tanh())  # [B, 1, 64, 64]
-        init_dcgan(self)
 
 
 class Body(nn.Sequential):
@@ -94,7 +93,6 @@ class Body(nn.Sequential):
             return [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), act]
         super().__init__(nn.Conv2d(1, ch, 4, 2, 1, bias=False), act,  # [B, ch, 32, 32]
                          *(layer for i, o in pairwise(widths(ch, image_size)) for layer in down(i, o)))
-        init_dcgan(self)
 
 
 class DHead(nn.Sequential):
@@ -102,7 +100,6 @@ class DHead(nn.Sequential):
 
     def __init__(self, features: int):
         super().__init__(nn.Conv2d(features, 1, 4, bias=False), nn.Flatten())
-        init_dcgan(self)
 
 
 class QHead(nn.Module):
@@ -115,7 +112,6 @@ class QHead(nn.Module):
         self.category = nn.Conv2d(10, n_categories, 1)
         self.mean = nn.Conv2d(10, n_continuous, 1)
         self.variance = nn.Conv2d(10, n_continuous, 1)
-        init_dcgan(self)
 
     def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         h = self.body(h)
@@ -177,7 +173,8 @@ def gq_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: torch.optim.Optimi
 
 # ---------------------------------------------------------------------- codes, pictures
 
-def uniform(*shape: int, g: torch.Generator | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+def uniform(*shape: int, g: torch.Generator | None = None, device=None) -> torch.Tensor:
+    """U(-1, 1)"""
     return torch.rand(*shape, generator=g, device=device) * 2 - 1
 
 
@@ -213,10 +210,10 @@ def save_pictures(make: Callable[..., torch.Tensor], data: Data, run: Run, title
         continuous[:, c] = torch.linspace(-2, 2, 21).repeat(8)
         save_grid(folder / f"category_{cfg.category}_code_{c + 1}.png",
                   make(z, torch.full((len(z),), cfg.category), continuous), nrow=21,
-                  title=f"{title}: category {cfg.category}, code {c + 1} from -2 to 2 (trained: the middle 11)")
-    real, _ = data.training_sample(4 * cfg.n_categories, g)
-    save_grid(folder / "real_beside_generated.png", torch.cat([real, make(*grid_codes(cfg, g, 4, None)).cpu()]),
-              f"{title}: four lines of training images, four of generated ones", nrow=cfg.n_categories)
+                  title=f"{title}: category {cfg.category}, code {c + 1} from -2 to 2 (trained: middle 11)")
+    real, fake = data.training_sample(4 * cfg.n_categories, g)[0], make(*grid_codes(cfg, g, 4, None)).cpu()
+    save_grid(folder / "real_beside_generated.png", torch.cat([real, fake]), nrow=cfg.n_categories,
+              title=f"{title}: four lines of training images, four of generated ones")
 
 
 # ---------------------------------------------------------------------- scores
@@ -231,19 +228,19 @@ def score_categories(make: Callable[..., torch.Tensor], cfg: Config, judge: eval
     g, agreement, purity = torch.Generator().manual_seed(seed), [], []
     category = torch.arange(cfg.eval_images) % cfg.n_categories
     for _ in range(draws):
-        digits = torch.cat([
-            judge(make(uniform(len(part), cfg.z_dim, g=g), part, uniform(len(part), cfg.n_continuous, g=g)))
-            for part in category.split(judge.kind.at_once)]).argmax(1).cpu()
-        digit, agree, pure = evaluator.match(category, digits, cfg.n_categories)
+        parts = [judge(make(uniform(len(k), cfg.z_dim, g=g), k, uniform(len(k), cfg.n_continuous, g=g)))
+                 for k in category.split(judge.kind.at_once)]
+        digit, agree, pure = evaluator.match(category, torch.cat(parts).argmax(1).cpu(), cfg.n_categories)
         agreement.append(agree)
         purity.append(pure)
-    return {"code → digit": evaluator.mean_std(agreement), "purity": evaluator.mean_std(purity), "digit": digit}
+    agreement, purity = evaluator.mean_std(agreement), evaluator.mean_std(purity)
+    return {"code → digit": agreement, "purity": purity, "digit": digit}
 
 
 def score_continuous(make: Callable[..., torch.Tensor], cfg: Config, draws: int,
                      seed: int) -> dict[str, tuple]:
-    """Meaning of the continuous codes: code_effects, and "a code ~ slant" and "a code ~ width" of the code with
-    the stronger effect (which code it is, and its sign, are arbitrary).
+    """Meaning of the continuous codes: code_effects, and "a code ~ slant" and "a code ~ width" of the code
+    with the stronger effect (which code it is, and its sign, are arbitrary).
     """
     g = torch.Generator().manual_seed(seed)
     runs = [code_effects(make, cfg.z_dim, cfg.n_categories, cfg.n_continuous, g) for _ in range(draws)]
@@ -259,8 +256,8 @@ def score_continuous(make: Callable[..., torch.Tensor], cfg: Config, draws: int,
 def score_reading(body: nn.Module, Q: nn.Module, data: Data, device: torch.device) -> dict[str, tuple]:
     """How well Q recovers the true factors of test images; only synthetic digits have those.
 
-    Returns {"Q's category → class": (agreement, 0), "Q's code 1 ~ slant": (Spearman's correlation, 0), …}; the
-    correlations are means of those within each class.
+    Returns {"Q's category → class": (agreement, 0), "Q's code 1 ~ slant": (Spearman's correlation, 0), …};
+    the correlations are means of those within each class.
     """
     estimates = [Q(body(to_float(part.to(device)))) for part in data.test_images.split(500)]
     category = torch.cat([e[0].argmax(1) for e in estimates]).cpu()
@@ -286,8 +283,9 @@ def main(run: Run) -> None:
     torch.manual_seed(cfg.seed)
     features = widths(cfg.ch, cfg.image_size)[-1]
     nets = (Generator(cfg.z_dim + cfg.n_categories + cfg.n_continuous, cfg.ch, cfg.image_size),
-            Body(cfg.ch, cfg.image_size), DHead(features), QHead(features, cfg.n_categories, cfg.n_continuous))
-    G, body, D, Q = (net.to(device, memory_format=torch.channels_last) for net in nets)
+            Body(cfg.ch, cfg.image_size), DHead(features),
+            QHead(features, cfg.n_categories, cfg.n_continuous))
+    G, body, D, Q = (init_dcgan(net).to(device, memory_format=torch.channels_last) for net in nets)
     ema = Average(G, cfg.ema)  # what is sampled and scored
     opt_g = torch.optim.Adam([*G.parameters(), *Q.parameters()], cfg.lr_g, betas=(0.5, 0.999), fused=True)
     opt_d = torch.optim.Adam([*body.parameters(), *D.parameters()], cfg.lr_d, betas=(0.5, 0.999), fused=True)
@@ -320,20 +318,22 @@ def main(run: Run) -> None:
             run.picture(make(*fixed), f"{title}: one category per column, the other codes random",
                         nrow=cfg.n_categories)
         if judge and run.due("eval"):
-            fd = evaluator.score(sample, judge, cfg.eval_images, 1, cfg.seed, real=validation)["FD (judge)"][0]
-            code = score_categories(make, cfg, judge, 1, cfg.seed)["code → digit"][0]
-            run.score(best=-fd, fd_judge=fd, accuracy_code=code)
+            found = evaluator.score(sample, judge, cfg.eval_images, 1, cfg.seed, real=validation)
+            fd, codes = found["FD (judge)"][0], score_categories(make, cfg, judge, 1, cfg.seed)
+            run.score(best=-fd, fd_judge=fd, accuracy_code=codes["code → digit"][0])
 
     # the scores of both checkpoints; summary and pictures are of last.pt
-    options, scores = dict(draws=cfg.eval_draws, seed=cfg.seed + 1), {}  # other z than best.pt's choice
+    scores, seed = {}, cfg.seed + 1  # other z than best.pt was chosen with
+    options = dict(n=cfg.eval_images, draws=cfg.eval_draws, seed=seed)
     if judge:
         inception, test = evaluator.get_inception(cfg.fid_weights, device), judge.moments(data.test_images)
     for name, step in run.checkpoints("best", "last"):
         if judge:
-            row = score_categories(make, cfg, judge, **options) | score_continuous(make, cfg, **options)
-            row |= evaluator.score(sample, judge, cfg.eval_images, real=test, **options) | {"step": step}
+            row = score_categories(make, cfg, judge, cfg.eval_draws, seed)
+            row |= score_continuous(make, cfg, cfg.eval_draws, seed)
+            row |= evaluator.score(sample, judge, real=test, **options) | {"step": step}
             if inception:
-                row["FID"] = evaluator.score_fid(sample, inception, data.test_images, cfg.eval_images, **options)
+                row["FID"] = evaluator.score_fid(sample, inception, data.test_images, **options)
             if data.test_factors:
                 row |= score_reading(body.eval(), Q.eval(), data, device)
             scores[name] = row

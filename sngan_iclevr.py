@@ -8,6 +8,7 @@ Spectral norm: Miyato et al. 2018; projection discriminator: Miyato & Koyama 201
 
 Results, with commands and hardware: results/README.md.
 """
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,12 +21,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import evaluator
 from common import losses
-from common.blocks import Average, DownBlock, frozen, init_xavier, normed_once, residual_conv
+from common.blocks import Average, frozen, normed_once
 from common.cli import Settings
 from common.datasets import Batches, load_iclevr
+from common.errors import UserError
 from common.pictures import names_of, save_scenes
 from common.run import Run, launch
-from common.system import UserError
 
 
 @dataclass
@@ -60,6 +61,22 @@ QUICK = dict(iters=2000, batch_size=32, lr_g=1.2e-3, lr_d=6e-4, n_dis=1, ch=16, 
 
 
 # ---------------------------------------------------------------------- networks
+
+def init_xavier(module: nn.Module, gain: float = 1.0) -> nn.Module:
+    """Xavier-uniform weight, zero bias (Miyato & Koyama 2018); returns the module.
+
+    Call it before spectral_norm: what is written to a wrapped layer's `.weight.data` is silently lost.
+    """
+    nn.init.xavier_uniform_(module.weight, gain)
+    if getattr(module, "bias", None) is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+def residual_conv(i: int, o: int, kernel: int) -> nn.Conv2d:
+    """Convolution that keeps the size: 3×3 in a residual branch (gain √2), 1×1 in a shortcut (gain 1)."""
+    return init_xavier(nn.Conv2d(i, o, kernel, padding=kernel // 2), math.sqrt(2) if kernel > 1 else 1.0)
+
 
 class SetEmbedding(nn.Embedding):
     """Class ids [B, K] → the sum of their vectors [B, dim]; the null id `n_classes` adds exactly 0."""
@@ -107,6 +124,26 @@ class UpBlock(nn.Module):
         h = self.conv2(F.leaky_relu(self.bn2(self.conv1(h), ids)))
         # a 1×1 convolution commutes with nearest up-sampling; first, it costs a quarter
         return h + F.interpolate(self.shortcut(x), scale_factor=2)
+
+
+class DownBlock(nn.Module):
+    """Residual block with spectral norm, [B, i, H, W] → [B, o, H/2, W/2] (Miyato & Koyama 2018, fig. 14 c).
+
+    first: the "optimised" block that takes an image, without activation before its first convolution.
+    """
+
+    def __init__(self, i: int, o: int, first: bool = False):
+        super().__init__()
+        self.first, hidden = first, o if first else i
+        self.conv1 = spectral_norm(residual_conv(i, hidden, 3))
+        self.conv2 = spectral_norm(residual_conv(hidden, o, 3))
+        self.shortcut = spectral_norm(residual_conv(i, o, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(x if self.first else F.leaky_relu(x))
+        h = F.avg_pool2d(self.conv2(F.leaky_relu(h)), 2)
+        # pooling commutes with a 1×1 convolution; first, it saves three quarters of the cost
+        return h + self.shortcut(F.avg_pool2d(x, 2))
 
 
 def widths(ch: int, image_size: int) -> list[int]:

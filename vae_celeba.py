@@ -1,6 +1,6 @@
 """A convolutional VAE on faces: reconstructions, samples, interpolations, arithmetic with attributes.
 
-Kingma & Welling 2014. It is trained without labels; they are used afterwards, to find attributes in its latent.
+Kingma & Welling 2014. It is trained without labels; they serve afterwards to find attributes in its latent.
 
     python vae_celeba.py --quick                        # minutes on two CPU cores
     python vae_celeba.py --iters 60000                  # the full run, one GPU
@@ -35,7 +35,7 @@ class Config(Settings):
     ch: int = 32  # width: a sixteenth of the feature maps at 4×4
     image_size: Literal[32, 64, 128] = 128  # height and width of the images
     data: str = "auto"  # auto (data/celeba if it exists, else synthetic), synthetic, or a folder of faces
-    attributes: str = ""  # names of attributes, joined by commas; empty: eight of CelebA's, all of another set's
+    attributes: str = ""  # attributes, joined by commas; empty: eight of CelebA's, all of another set's
     crop: int = 0  # side of the square cut out of the middle of each image; 0: the largest
     skip_bad_images: bool = False  # leave out, and count, images that can't be used
     n_synthetic: int = 10_000  # synthetic faces
@@ -45,8 +45,8 @@ class Config(Settings):
     kl_weight: float = 1.0  # of KL in the loss; below 1 sharper reconstructions, and worse samples
 
 
-QUICK = dict(iters=1500, ch=8, image_size=64, n_synthetic=4000, log_every=50, sample_every=150, eval_every=500,
-             save_every=500, judge_width=16, judge_steps=1000, eval_images=1000)
+QUICK = dict(iters=1500, ch=8, image_size=64, n_synthetic=4000, log_every=50, sample_every=150,
+             eval_every=500, save_every=500, judge_width=16, judge_steps=1000, eval_images=1000)
 
 
 # ---------------------------------------------------------------------- networks
@@ -139,7 +139,7 @@ def decode_all(vae: VAE, z: torch.Tensor) -> torch.Tensor:
 
 
 def directions(vae: VAE, data: Data) -> torch.Tensor:
-    """For each attribute the mean latent of training images with it, minus that of those without [A, z_dim]."""
+    """For each attribute the mean latent of training images with it, minus that without it [A, z_dim]."""
     z, y = encode_all(vae, data.images)[0], data.labels
 
     def mean(weight: torch.Tensor) -> torch.Tensor:  # weights [N, A] → [A, z_dim]

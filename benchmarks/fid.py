@@ -21,8 +21,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.cli import Parser  # noqa: E402
+from common.errors import UserError, exit_status  # noqa: E402
 from common.fid import Moments, features, frechet_distance, load_inception  # noqa: E402
-from common.system import UserError, exit_status, pick_device, write_whole  # noqa: E402
+from common.system import pick_device, write_whole  # noqa: E402
 
 SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # as pytorch-fid
 
@@ -65,8 +66,8 @@ def kid(
 ) -> tuple[float, float]:
     """Kernel inception distance of features [N, D] and [M, D]: mean and standard deviation over subsets.
 
-    Unbiased squared MMD with the kernel (xᵀy / D + 1)³ (Bińkowski et al. 2018, eq. 4 and section 4). Subsets are
-    sampled without replacement and are at most as large as the smaller set.
+    Unbiased squared MMD with the kernel (xᵀy / D + 1)³ (Bińkowski et al. 2018, eq. 4 and section 4). Subsets
+    are sampled without replacement and are at most as large as the smaller set.
     """
     m = min(subset_size, len(x), len(y))
     if m < 2:
@@ -76,7 +77,7 @@ def kid(
     for _ in range(subsets):
         a, b = (s[torch.randperm(len(s), generator=g)[:m].to(s.device)].double() for s in (x, y))
         xx, yy, xy = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
-        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1))  # without pairs of an image with itself
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1))
         estimates.append((within - 2 * xy.mean()).item())
     return float(np.mean(estimates)), float(np.std(estimates))
 
@@ -125,7 +126,7 @@ def list_images(folder: str | Path) -> list[Path]:
                         f"directly in it, ending in {' '.join(sorted(SUFFIXES))}")
     with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(lambda file: _look(file, lambda image: image.size), files))
-    for file, size in zip(files, sizes):
+    for file, size in zip(files, sizes, strict=True):
         if size != sizes[0]:
             raise UserError(f"{folder} has images of several sizes: {files[0].name} has {sizes[0]} pixels, "
                             f"{file.name} {size}. Resize them to one")

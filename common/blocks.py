@@ -1,13 +1,10 @@
-"""Building blocks that scripts share: spectral norm, initialisations, the average of a generator."""
+"""What scripts share of networks: spectral norm once per update, an initialisation, the average of G."""
 import contextlib
 import copy
-import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm
 
 
 @contextlib.contextmanager
@@ -53,21 +50,10 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards G after iteration `step` = 1, 2, …; a lower decay at first forgets the start sooner."""
+        """Move towards G after iteration `step` = 1, 2, …; at first faster, to forget the start."""
         share = 1 - min(self.decay, step / (step + 10))
         for average, new in self.pairs:
             average.lerp_(new, share) if new.is_floating_point() else average.copy_(new)
-
-
-def init_xavier(module: nn.Module, gain: float = 1.0) -> nn.Module:
-    """Xavier-uniform weight, zero bias (Miyato & Koyama 2018); returns the module.
-
-    Call it before spectral_norm: what is written to a wrapped layer's `.weight.data` is silently lost.
-    """
-    nn.init.xavier_uniform_(module.weight, gain)
-    if getattr(module, "bias", None) is not None:
-        nn.init.zeros_(module.bias)
-    return module
 
 
 def init_dcgan(net: nn.Module) -> nn.Module:
@@ -80,27 +66,3 @@ def init_dcgan(net: nn.Module) -> nn.Module:
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     return net
-
-
-def residual_conv(i: int, o: int, kernel: int) -> nn.Conv2d:
-    """Convolution that keeps the size: 3×3 in a residual branch (gain √2), 1×1 in a shortcut (gain 1)."""
-    return init_xavier(nn.Conv2d(i, o, kernel, padding=kernel // 2), math.sqrt(2) if kernel > 1 else 1.0)
-
-
-class DownBlock(nn.Module):
-    """Residual block with spectral norm, [B, i, H, W] → [B, o, H/2, W/2] (Miyato & Koyama 2018, fig. 14 c).
-
-    first: the "optimised" block that takes an image, without activation before its first convolution.
-    """
-
-    def __init__(self, i: int, o: int, first: bool = False):
-        super().__init__()
-        self.first, hidden = first, o if first else i
-        self.conv1 = spectral_norm(residual_conv(i, hidden, 3))
-        self.conv2 = spectral_norm(residual_conv(hidden, o, 3))
-        self.shortcut = spectral_norm(residual_conv(i, o, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(x if self.first else F.leaky_relu(x))
-        h = F.avg_pool2d(self.conv2(F.leaky_relu(h)), 2)
-        return h + self.shortcut(F.avg_pool2d(x, 2))  # pooling commutes with a 1×1 convolution; first is cheaper

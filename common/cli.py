@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from common.system import UserError
+from common.errors import UserError, reading
 
 ACTIONS = {"resume": "continue", "sample": "save pictures of", "eval": "score"}
 # the fields that --resume may change, and those that --sample and --eval may
@@ -105,11 +105,9 @@ def stored_config(Config: type[Settings], folder: Path, given: dict, free: tuple
     path, script = folder / "config.json", Path(inspect.getfile(Config)).name
     if not path.is_file():
         raise UserError(f"{folder} is not a run: it has no config.json. Name a folder that {script} wrote")
-    try:
+    with reading(path, f"written by {script}"):
         content = json.loads(path.read_text())
-        made_by, values = content["script"], content["config"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged, or was not written by these scripts") from None
+        made_by, values = content["script"], dict(content["config"])
     if made_by != script:
         raise UserError(f"{folder} is a run of {made_by}, not of {script}: call that script")
     if odd := set(values) ^ {field.name for field in dataclasses.fields(Config)}:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.datasets import MNIST
 
-from common.system import UserError, write_whole
+from common.errors import UserError, reading
+from common.system import write_whole
 from synthetic import digits, faces, scenes
 
-CACHE = Path("data") / "cache"  # of synthetic sets; a real set's cache lies beside its folder
 MAX_OBJECTS = 3  # in an image of i-CLEVR
 
 
@@ -35,7 +35,7 @@ class Data:
     groups: tuple[tuple[int, ...], ...] = ()  # faces: columns of which each face has exactly one
     scene: torch.Tensor | None = None  # scenes: [N]; frames of a scene share objects: split by this
     tests: dict[str, torch.Tensor] = field(default_factory=dict)  # scenes: label sets [32, 3] to generate
-    test_factors: dict[str, torch.Tensor] = field(default_factory=dict)  # synthetic digits: slant, width … [M]
+    test_factors: dict[str, torch.Tensor] = field(default_factory=dict)  # synthetic digits: slant … [M]
 
     def __post_init__(self):
         size = self.images.shape[-1]
@@ -58,7 +58,7 @@ class Data:
         return self.images[order[:len(self.test_images)]]
 
     def validation_sets(self, n: int = 96) -> torch.Tensor:
-        """Label sets [n, 3] of training scenes, a third each of 1, 2 and 3 objects: best.pt is chosen by these."""
+        """Label sets [n, 3] of training scenes, a third each of 1, 2, 3 objects, to choose best.pt by."""
         g = torch.Generator().manual_seed(0)
         count = (self.labels < len(self.classes)).sum(1)
         return torch.cat([s[torch.randperm(len(s), generator=g)[:n // 3]] for s in
@@ -94,12 +94,7 @@ def load_iclevr(cfg) -> Data:
     """
     source, size = pick_source(cfg.data, "data/iclevr"), cfg.image_size
     if source == "synthetic":
-        def render() -> dict:
-            print(f"rendering {cfg.n_scenes:,} scenes of 3 frames at {size}×{size} …", flush=True)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            return dict(zip(("images", "labels", "scene"), scenes.render(cfg.n_scenes, size, device=device),
-                            strict=True))
-        d = cached(CACHE / f"scenes-{size}-{cfg.n_scenes}.pt", code_of(scenes), render)
+        d = rendered(scenes, cfg.n_scenes, size, ("images", "labels", "scene"))
         ids = {name: i for i, name in enumerate(scenes.OBJECTS)}
         lists = json.loads(Path(scenes.__file__).with_name("iclevr_tests.json").read_text())
         tests = {name: torch.tensor([pad_ids(s, ids, name) for s in sets]) for name, sets in lists.items()}
@@ -119,45 +114,33 @@ def load_iclevr(cfg) -> Data:
                 digest_of(pixels, labels), scene=scene, tests=tests)
 
 
-def read_iclevr_lists(folder: Path) -> tuple[dict[str, int], dict[str, list[int]], dict[str, torch.Tensor]]:
+def read_iclevr_lists(folder: Path) -> tuple[dict, dict, dict]:
     """{object: id}, {file name of train.json: three ids} and the two test lists."""
-    if not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder. It should hold images/, train.json, test.json, "
-                        "new_test.json and objects.json; --data synthetic needs none")
-
     def read(name: str, kind: type, example: str):
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing: i-CLEVR is images/, train.json, test.json, new_test.json "
-                            "and objects.json in one folder")
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
-        if not isinstance(content, kind) or not content:
-            raise UserError(f"{path} should be a filled {kind.__name__} such as {example}")
-        return content
+        with reading(folder / name, f"such as {example}. i-CLEVR is a folder with images/, train.json, "
+                     "test.json, new_test.json and objects.json; --data synthetic needs none"):
+            content = json.loads((folder / name).read_text())
+            if not isinstance(content, kind) or not content:
+                raise ValueError(f"not a filled {kind.__name__}")
+            if name == "objects.json":
+                if sorted(map(repr, content.values())) != sorted(map(repr, range(len(content)))):
+                    raise ValueError("the ids are not 0, 1, 2 …")
+                return content
+            if kind is dict:
+                return {key: pad_ids(objects, ids, key) for key, objects in content.items()}
+            return torch.tensor([pad_ids(objects, ids, f"set {i}") for i, objects in enumerate(content)])
 
     ids = read("objects.json", dict, '{"gray cube": 0, …}')
-    if sorted(map(repr, ids.values())) != sorted(map(repr, range(len(ids)))):
-        raise UserError(f"{folder}/objects.json should give its {len(ids)} objects the ids 0, 1, 2 …")
-    train = read("train.json", dict, '{"file.png": ["red cube", …], …}')
-    train = {name: pad_ids(objects, ids, f"{folder}/train.json, {name}") for name, objects in train.items()}
-    tests = {}
-    for name in ("test", "new_test"):
-        sets = read(f"{name}.json", list, '[["red cube"], …]')
-        where = f"{folder}/{name}.json, set"
-        tests[name] = torch.tensor([pad_ids(s, ids, f"{where} {i}") for i, s in enumerate(sets)])
-    return ids, train, tests
+    tests = {name: read(f"{name}.json", list, '[["red cube"], …]') for name in ("test", "new_test")}
+    return ids, read("train.json", dict, '{"file.png": ["red cube", …], …}'), tests
 
 
 def pad_ids(objects: list[str], ids: dict[str, int], where: str) -> list[int]:
     """The sorted ids of one to three objects, padded to three with the null id, len(ids)."""
     if not isinstance(objects, list) or not 1 <= len(objects) <= MAX_OBJECTS:
-        raise UserError(f"{where}: should name 1 to {MAX_OBJECTS} objects, has {objects}")
-    unknown = [o for o in objects if not isinstance(o, str) or o not in ids]
-    if unknown:
-        raise UserError(f"{where}: unknown object {unknown[0]!r}; objects.json has {list(ids)[:3]} and more")
+        raise ValueError(f"{where} should name 1 to {MAX_OBJECTS} objects, has {objects}")
+    if unknown := [o for o in objects if not isinstance(o, str) or o not in ids]:
+        raise ValueError(f"{where} has an unknown object {unknown[0]!r}")
     return sorted(ids[o] for o in objects) + [len(ids)] * (MAX_OBJECTS - len(objects))
 
 
@@ -172,17 +155,15 @@ def load_digits(cfg, image_size: int) -> Data:
     source, n, factors = cfg.data, cfg.n_synthetic, {}
     if source == "auto":
         try:
-            source = "mnist" if read_mnist(Path("data"), False, download=True) else ""
+            read_mnist(Path("data"), False, download=True)
+            source = "mnist"
         except UserError as error:
             if any(Path("data/MNIST/raw").glob("*-ubyte")):  # damaged files must not be replaced silently
                 raise
             print(f"*** {error} ***\n*** using SYNTHETIC digits instead of MNIST ***")
             source = "synthetic"
     if source == "synthetic":
-        def render() -> dict:
-            print(f"rendering {n:,} digits and {n // 6 + 1:,} for tests …", flush=True)
-            return dict(zip(("images", "labels", "factors"), digits.render(n + n // 6 + 1), strict=True))
-        d = cached(CACHE / f"digits-{n}.pt", code_of(digits), render)
+        d = rendered(digits, n + n // 6 + 1, 28, ("images", "labels", "factors"))
         sets = [(d["images"][part], d["labels"][part]) for part in (slice(n), slice(n, None))]
         factors = {name: value[n:] for name, value in d["factors"].items()}
     else:
@@ -196,16 +177,12 @@ def load_digits(cfg, image_size: int) -> Data:
 
 def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 [N, 1, 28, 28] and int64 [N] of MNIST's training or test set, by torchvision."""
-    try:
+    with reading(root / "MNIST" / "raw", "MNIST's four files train-images-idx3-ubyte, …. Fetch them again, "
+                 "or use --data mnist (downloads them to data/) or --data synthetic"):
         mnist = MNIST(root, train=train, download=download)
         images, labels = mnist.data, mnist.targets
         if images.shape != (len(labels), 28, 28) or not 0 <= labels.min() <= labels.max() <= 9:
-            raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)}")
-    except Exception as error:  # torchvision raises many kinds for missing and damaged files
-        reason = " ".join(str(error).split()).rsplit("got: ")[-1][:100]
-        raise UserError(f"{root}/MNIST/raw should hold MNIST's four files train-images-idx3-ubyte, …; they are "
-                        f"missing or damaged ({type(error).__name__}: {reason}). Fetch them again, or use "
-                        "--data mnist (downloads them to data/) or --data synthetic") from None
+            raise ValueError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)} do not match")
     return images[:, None], labels
 
 
@@ -236,10 +213,7 @@ def load_faces(cfg) -> Data:
     """
     source, size = pick_source(cfg.data, "data/celeba"), cfg.image_size
     if source == "synthetic":
-        def render() -> dict:
-            print(f"rendering {cfg.n_synthetic:,} faces at {size}×{size} …", flush=True)
-            return dict(zip(("images", "labels"), faces.render(cfg.n_synthetic, size), strict=True))
-        d = cached(CACHE / f"faces-{size}-{cfg.n_synthetic}.pt", code_of(faces), render)
+        d = rendered(faces, cfg.n_synthetic, size, ("images", "labels"))
         name, known, images, pixels = "synthetic faces", faces.FACE_ATTRIBUTES, d["images"], d["digest"]
         columns = pick_columns(cfg.attributes, known, "the synthetic set")
         labels = d["labels"][:, columns]
@@ -297,24 +271,18 @@ def one_of_groups(labels: torch.Tensor) -> tuple[tuple[int, ...], ...]:
 
 
 def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]:
-    """Attribute names, and {file name: 0 or 1 each}.
-
-    The first line is the number of rows, the second the names; each row is a file name and, for each
-    attribute, 0 or 1 (or -1 and 1).
-    """
-    lines = table.read_text().rstrip().splitlines()
-    if len(lines) < 3 or not lines[0].strip().isdigit() or not lines[1].strip():
-        raise UserError(f"{table}: should begin with the number of rows and a line of attribute names")
-    known, rows, values = tuple(lines[1].split()), {}, {"0": 0, "1": 1, "-1": 0}
-    if int(lines[0]) != len(lines) - 2:
-        raise UserError(f"{table}: its first line announces {int(lines[0])} rows, {len(lines) - 2} follow: it "
-                        "is cut off, or the count is wrong")
-    for number, line in enumerate(lines[2:], 3):
-        name, *row = line.split() or [""]
-        if len(row) != len(known) or not set(row) <= values.keys() or name in rows:
-            raise UserError(f"{table}, line {number}: should be a new file name and {len(known)} values of 0 "
-                            f"or 1 (or -1 and 1), is {line[:60]!r}")
-        rows[name] = [values[value] for value in row]
+    """Attribute names, and {file name: 0 or 1 each}."""
+    with reading(table, "the number of rows, a line of attribute names, and rows of a file name, used once, and "
+                 "0 or 1 (or -1 and 1) for each attribute"):
+        lines = table.read_text().rstrip().splitlines()
+        n, known, rows, values = int(lines[0]), tuple(lines[1].split()), {}, {"0": 0, "1": 1, "-1": 0}
+        if not known or n != len(lines) - 2:
+            raise ValueError(f"{n} rows announced, {len(lines) - 2} found; {len(known)} attributes")
+        for number, line in enumerate(lines[2:], 3):
+            name, *row = line.split() or [""]
+            if len(row) != len(known) or not set(row) <= values.keys() or name in rows:
+                raise ValueError(f"line {number}: {line[:60]!r}")
+            rows[name] = [values[value] for value in row]
     return known, rows
 
 
@@ -345,10 +313,9 @@ def load_images(folder: Path, names: Iterable[str], size: int, crop: int | None 
         def one(i: int) -> None:
             try:
                 pixels[i] = decode_image(folder / names[i], size, crop)
-            except UserError as error:
+            except UserError:
                 if not skip_bad:
-                    hint = "" if crop is None else ", or leave such images out with --skip-bad-images"
-                    raise UserError(f"{error}: replace it{hint}") from None
+                    raise
                 good[i] = False
 
         with ThreadPoolExecutor() as pool:
@@ -365,13 +332,11 @@ def load_images(folder: Path, names: Iterable[str], size: int, crop: int | None 
 
 def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
     """One image as load_images has it; raises UserError if that is impossible."""
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
-        raise UserError(f"{path} can't be read as an image ({error})") from None
-    if crop and min(image.size) < crop:
-        raise UserError(f"{path} has {image.width}×{image.height} pixels, smaller than --crop {crop}")
+    hint = "" if crop is None else f" of at least {crop or 1} pixels; leave such out with --skip-bad-images"
+    with reading(path, f"an image{hint}"), Image.open(path) as opened:
+        image = opened.convert("RGB")
+        if crop and min(image.size) < crop:
+            raise ValueError(f"{image.width}×{image.height} pixels are smaller than --crop {crop}")
     if crop is not None:
         side = crop or min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -399,9 +364,15 @@ def cached(path: Path, key: str, make: Callable[[], dict]) -> dict:
     return made
 
 
-def code_of(module) -> str:
-    """A hash of a renderer's code: its images are rendered again when it changes."""
-    return hashlib.sha1(Path(module.__file__).read_bytes()).hexdigest()
+def rendered(renderer, n: int, size: int, keys: tuple[str, ...]) -> dict:
+    """What renderer.render returns for n and size, by key; cached until the renderer's code changes."""
+    name, code = Path(renderer.__file__).stem, hashlib.sha1(Path(renderer.__file__).read_bytes()).hexdigest()
+
+    def render() -> dict:
+        print(f"rendering {n:,} synthetic {name} at {size}×{size} …", flush=True)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return dict(zip(keys, renderer.render(n, size, device=device), strict=True))
+    return cached(Path(f"data/cache/{name}-{size}-{n}.pt"), code, render)
 
 
 def digest_of(text: str, *tensors: torch.Tensor) -> str:

@@ -15,7 +15,7 @@ from scipy.linalg import eigvalsh
 from scipy.linalg.lapack import dpstrf
 from torchvision.models import inception as tv
 
-from common.system import UserError
+from common.errors import UserError, reading
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -74,7 +74,7 @@ def _without_padding(_, inputs: tuple[torch.Tensor]) -> torch.Tensor:
 
 
 def load_inception(weights: str = "auto", device: torch.device | str = "cpu") -> Inception:
-    """The FID network on `device` from the named weight file; "auto": from torch's hub cache, downloaded if missing.
+    """The FID network on `device` from a weight file; "auto": from torch's hub cache, downloaded if missing.
 
     Raises UserError if it is not available, or is another file: figures from other weights are not FID.
     """
@@ -89,10 +89,8 @@ def load_inception(weights: str = "auto", device: torch.device | str = "cpu") ->
             except (OSError, RuntimeError) as error:  # no network, no space; another hash
                 raise UserError(f"the FID weights could not be fetched ({error}): get {URL} by other means "
                                 "and name the file with --fid-weights") from None
-    try:
+    with reading(path, URL):
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"--fid-weights {path} can't be read ({error.strerror}): get {URL}") from None
     digest = hashlib.sha256(content).hexdigest()
     if not digest.startswith(SHA256):
         raise UserError(f"{path} is not the FID Inception network, or is cut off: its SHA-256 is "

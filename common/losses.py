@@ -47,8 +47,8 @@ Critic = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] → score
 def _gradients_between(critic: Critic, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """∇D [B, C·H·W] at one random point on the line between each pair of real and fake [B, C, H, W].
 
-    Always in fp32: under autocast, powers of small gradients would vanish. The graph is kept, to train D. With
-    batch norm in D, the points share its statistics, and the gradient is that of the sum of their scores.
+    Always in fp32: under autocast, powers of small gradients would vanish. The graph is kept, to train D.
+    With batch norm in D, the points share its statistics, and the gradient is of the sum of their scores.
     """
     with torch.autocast(real.device.type, enabled=False):
         share = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)

@@ -1,6 +1,7 @@
 """Pictures: grids with a title and captions, the GIF of a run's progress, curves of its metrics."""
 import csv
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def save_grid(path: Path, images: torch.Tensor, title: str, nrow: int = 8, rows:
     font = ImageFont.load_default(size=11)
     labels = [label.translate(FONT_LACKS) for label in rows]
     left = int(max(map(font.getlength, labels), default=-6)) + 6
-    lines = wrap(title.translate(FONT_LACKS), font, left + pixels.width - 6)
+    lines = textwrap.wrap(title.translate(FONT_LACKS), (left + pixels.width) // 6)  # 6 pixels a character
     top = LINE * len(lines) + 2
     canvas = Image.new("RGB", (left + pixels.width, top + pixels.height), "white")
     canvas.paste(pixels, (left, top))
@@ -48,18 +49,6 @@ def save_grid(path: Path, images: torch.Tensor, title: str, nrow: int = 8, rows:
         for k, name in enumerate(objects):
             draw_object(pen, x + k * (OBJECT_SIZE + 6), y + 1, name)
     write_whole(path, lambda p: canvas.save(p))
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Lines of at most `width` pixels, broken between words."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
 
 
 def draw_object(pen: ImageDraw.ImageDraw, x: int, y: int, name: str) -> None:
@@ -106,7 +95,7 @@ def save_scenes(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_
     fake = sample(torch.randn(32, z_dim, generator=g), data.labels[index])
     save_grid(folder / "real_beside_generated.png", real_above_generated(data.images[index], fake),
               f"{title}: lines of training images, below each generated ones with the same labels",
-              captions=names_of(data.labels[index].unflatten(0, (4, 8)).repeat(1, 2, 1).flatten(0, 1), data.classes))
+              captions=names_of(data.labels[index].view(4, 8, 3).repeat(1, 2, 1).view(64, 3), data.classes))
 
     null = len(data.classes)
     alone = torch.tensor([[i, null, null] for i in range(null)])
@@ -114,8 +103,8 @@ def save_scenes(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_
     labels = data.tests["test"][torch.randperm(len(data.tests["test"]), generator=g)[:6]]
     a, b = torch.randn(2, len(labels), 1, z_dim, generator=g)
     z = torch.lerp(a, b, torch.linspace(0, 1, 8)[:, None])  # [6, 8, z_dim]
-    save("interpolation", labels.repeat_interleave(8, 0), "from one z to another, the same labels along a line",
-         z.flatten(0, 1))
+    what = "from one z to another, the same labels along a line"
+    save("interpolation", labels.repeat_interleave(8, 0), what, z.flatten(0, 1))
 
 
 def save_gif(path: Path, pictures: list[Path]) -> None:

@@ -1,19 +1,8 @@
 """A run: its folder, checkpoints, metrics, pictures, and how it stops. Nothing here touches a method's maths.
 
-    def main(run):
-        ...                                          # data, networks, optimisers
-        run.track(data, G=G, D=D, opt_g=opt_g)       # what a checkpoint holds; loads last.pt when resuming
-        for step in run.steps():                     # 1 … iters; logs, saves and stops between them
-            run.record(**d_step(...))                # the means of these tensors make a row of metrics.csv
-            if run.due("sample"):
-                run.picture(images, title)           # samples/step_0000500.png
-            if run.due("eval"):
-                run.score(best=..., accuracy=...)    # the same row; best.pt if `best` is the highest so far
-        for name, step in run.checkpoints("last", "best"):
-            ...                                      # scores and pictures: after training, --sample and --eval
-
-    if __name__ == "__main__":
-        launch(main, Config, QUICK)
+A script's main(run) calls track (what a checkpoint holds), loops over steps, and in the loop calls record
+(losses), picture and score where due; then it goes through checkpoints, for scores and pictures. That is one
+path for training, --resume, --sample and --eval.
 """
 import csv
 import dataclasses
@@ -31,18 +20,9 @@ from torchvision.utils import make_grid
 
 from common.cli import Settings, parse
 from common.datasets import Data
+from common.errors import NotFinite, Stopped, UserError, exit_status, reading
 from common.pictures import save_curves, save_gif, save_grid
-from common.system import (
-    NotFinite,
-    Stopped,
-    UserError,
-    circumstances,
-    exit_status,
-    free_folder,
-    hardware,
-    pick_device,
-    write_whole,
-)
+from common.system import circumstances, free_folder, hardware, pick_device, write_whole
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -54,8 +34,8 @@ KEPT = "last.pt keeps the last good state; try a lower learning rate"
 
 
 def launch(main: Callable[["Run"], None], Config: type[Settings], quick: dict) -> None:
-    """Call main(run) as the command line says. Exit status: 2 for a mistake in the input, 3 for a loss that is
-    not finite, 130 or 143 after Ctrl-C or SIGTERM.
+    """Call main(run) as the command line says. Exit status: 2 for a mistake in the input, 3 for a loss that
+    is not finite, 130 or 143 after Ctrl-C or SIGTERM.
     """
     def call() -> None:
         action, cfg, folder = parse(Config, quick, inspect.getmodule(main).__doc__)
@@ -71,7 +51,7 @@ class Run:
         self.cfg, self.script, self.action, self.folder = cfg, script, action, folder
         self.trains = action in ("train", "resume")
         self.wants_pictures, self.wants_scores = action != "eval", action != "sample"
-        self.step, self.best, self.means, self.row, self.tracked = 0, -math.inf, {}, {}, {}
+        self.step, self.best, self.means, self.row, self.writer = 0, -math.inf, {}, {}, None
         self.looping, self.signal, self.seconds_before, self.started = False, None, 0.0, time.monotonic()
         if action == "train" and cfg.out:
             free_folder(cfg.out, "")  # an error now, not after the judge's training
@@ -116,13 +96,10 @@ class Run:
     def load(self, name: str) -> dict:
         """Put the state in NAME.pt back into everything tracked; returns all of it."""
         path = self.folder / f"{name}.pt"
-        try:
+        with reading(path, "a checkpoint of this run"):
             state = torch.load(path, map_location=self.device, weights_only=True)
             for key, thing in self.tracked.items():
                 thing.load_state_dict(state[key])
-        except Exception as error:  # a damaged file raises many kinds
-            reason = str(error).strip().split("\n")[0][:100]
-            raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}: {reason})") from None
         return state
 
     def checkpoints(self, *names: str) -> Iterator[tuple[str, int]]:
@@ -148,8 +125,9 @@ class Run:
             return
         self._open()
         self.looping = True
-        for self.step in range(self.step + 1, self.cfg.iters + 1):
-            yield self.step
+        for step in range(self.step + 1, self.cfg.iters + 1):
+            self.step = step
+            yield step
             stop = self.signal is not None
             if self.row or self.due("log"):
                 self._log()
@@ -161,8 +139,8 @@ class Run:
         save_gif(self.folder / "progress.gif", sorted((self.folder / "samples").glob("step_*.png")))
         save_curves(self.folder / "metrics.csv", self.folder / "curves.png", self.title(self.data))
         if self.signal is not None:
-            raise Stopped(f"stopped at step {self.step}; to continue: {self.script.name} --resume {self.folder}",
-                          self.signal)
+            command = f"{self.script.name} --resume {self.folder}"
+            raise Stopped(f"stopped at step {self.step}; to continue: {command}", self.signal)
         print(f"{self.folder}: {self.step} iterations, {self.seconds:.0f} s")
 
     def due(self, what: str) -> bool:
@@ -230,7 +208,8 @@ class Run:
                          **circumstances(self.device)})
         content = {"script": self.script.name, "config": dataclasses.asdict(self.cfg), "sittings": sittings}
         write_whole(self.folder / "config.json", lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
-        self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step) if SummaryWriter else None
+        if SummaryWriter:
+            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step)
         print(f"run: {self.folder}")
         self.mark, self.started = (time.monotonic(), self.step), time.monotonic()
 
@@ -243,14 +222,15 @@ class Run:
         write_whole(self.table, write)
 
     def _log(self) -> None:
-        """One row of metrics.csv, with this step's scores and, where due, the losses' means; the status line."""
+        """One row of metrics.csv: this step's scores and, if due, the losses' means. The status line, too."""
         means = {}
         if self.means and self.due("log"):
             values = torch.stack([total / n for total, n in self.means.values()]).tolist()
             means, self.means = dict(zip(self.means, values, strict=True)), {}
             self._status(means)
         found, self.row = means | self.row, {}
-        row = {"step": self.step, "seconds": round(self.seconds, 3)} | {k: f"{v:.6g}" for k, v in found.items()}
+        row = {"step": self.step, "seconds": round(self.seconds, 3)}
+        row |= {name: f"{value:.6g}" for name, value in found.items()}
         if not row.keys() <= set(self.columns):  # the first scores: the table gets new columns
             with open(self.table, newline="") as f:
                 rows = list(csv.DictReader(f))
@@ -278,7 +258,7 @@ class Run:
             print(line, flush=True)
 
     def __enter__(self):
-        """In the loop, Ctrl-C and SIGTERM stop it after the iteration; a second one, or elsewhere, at once."""
+        """Ctrl-C and SIGTERM stop the loop after its iteration; a second one, or outside of it, at once."""
         def stop(signum, _frame):
             if self.signal is not None or not self.looping:
                 raise Stopped("stopped", signum)

@@ -1,39 +1,14 @@
-"""Errors that a user sees, the device, and files that are written whole."""
+"""The device, what a figure depends on, and files that are written whole."""
 import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-
-class UserError(Exception):
-    """A mistake in the user's input, in one line: what, where, what to do. Ends a script with status 2."""
-
-
-class NotFinite(Exception):
-    """A loss or a weight is no longer a finite number. Ends a script with status 3."""
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal ended the work; args: message, number of the signal. Ends a script with 128 + number."""
-
-
-def exit_status(main: Callable[[], int | None]) -> int:
-    """Call main; its exit status, with errors and stops as one line."""
-    try:
-        return main() or 0
-    except (UserError, NotFinite) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3 if isinstance(error, NotFinite) else 2
-    except Stopped as stopped:
-        print(f"\n{stopped.args[0]}")
-        return 128 + stopped.args[1]
-    except KeyboardInterrupt:
-        return 130
+from common.errors import NotFinite, Stopped, UserError, exit_status, reading  # noqa: F401
 
 
 def pick_device(name: str, deterministic: bool = False) -> torch.device:

@@ -1,0 +1,43 @@
+"""Errors that a user sees as one line, and the exit status of a script."""
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake in the user's input, in one line: what, where, what to do. Ends a script with status 2."""
+
+
+class NotFinite(Exception):
+    """A loss or a weight is no longer a finite number. Ends a script with status 3."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work; args: message, number of the signal. Ends a script with 128 + number."""
+
+
+def exit_status(main: Callable[[], int | None]) -> int:
+    """Call main; its exit status, with errors and stops as one line."""
+    try:
+        return main() or 0
+    except (UserError, NotFinite) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3 if isinstance(error, NotFinite) else 2
+    except Stopped as stopped:
+        print(f"\n{stopped.args[0]}")
+        return 128 + stopped.args[1]
+    except KeyboardInterrupt:
+        return 130
+
+
+@contextlib.contextmanager
+def reading(path: Path | str, expected: str):
+    """Turn any error while a user's file is read into a UserError: file, reason, what it should be."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # readers of damaged files raise all kinds
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise UserError(f"{path} can't be read ({reason}): it should be {expected}") from None
