@@ -64,8 +64,8 @@ class Config(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.loss == "wgan-clip" and self.d_norm == "spectral":
-            raise UserError("--loss wgan-clip with --d-norm spectral: clipping does nothing, since spectral norm "
-                            "cancels the weights' size; use --d-norm batch, or another loss")
+            raise UserError("--loss wgan-clip with --d-norm spectral: clipping does nothing: spectral "
+                            "norm cancels the weights' size; use --d-norm batch, or another loss")
         if self.loss == "wgan-clip" and not self.clip:
             raise UserError("--loss wgan-clip with --clip 0 leaves D no weights")
         if self.div_p < 1:

@@ -272,8 +272,8 @@ def one_of_groups(labels: torch.Tensor) -> tuple[tuple[int, ...], ...]:
 
 def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]:
     """Attribute names, and {file name: 0 or 1 each}."""
-    with reading(table, "the number of rows, a line of attribute names, and rows of a file name, used once, and "
-                 "0 or 1 (or -1 and 1) for each attribute"):
+    with reading(table, "the number of rows, a line of attribute names, and rows of a file name (used once) "
+                 "and 0 or 1 (or -1 and 1) for each attribute"):
         lines = table.read_text().rstrip().splitlines()
         n, known, rows, values = int(lines[0]), tuple(lines[1].split()), {}, {"0": 0, "1": 1, "-1": 0}
         if not known or n != len(lines) - 2:
