@@ -11,6 +11,7 @@ Auxiliary classifier: Odena et al. 2017; WGAN by clipping: Arjovsky et al. 2017;
 Results, with commands and hardware: results/README.md.
 """
 import itertools
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -220,37 +221,31 @@ def request(data: Data, n: int, g: torch.Generator) -> torch.Tensor:
 def switched(y: torch.Tensor, attribute: int, value: int, data: Data) -> torch.Tensor:
     """Attributes [N, A] with one set to `value`, and the others of its group to 0."""
     y = y.clone()
-    for columns in data.groups:
-        if attribute in columns:
-            y[:, list(columns)] = 0
+    y[:, next((list(columns) for columns in data.groups if attribute in columns), [])] = 0
     y[:, attribute] = value
     return y
 
 
 @torch.no_grad()
-def save_pictures(ema: Average, data: Data, run: Run, title: str) -> None:
-    """Grids: samples, real beside generated, each attribute switched, all combinations."""
-    cfg, folder, g = run.cfg, run.folder, torch.Generator().manual_seed(run.cfg.seed)
-
-    def make(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return ema(z.to(run.device), y.to(run.device)).cpu()
-
-    z, y = torch.randn(64, cfg.z_dim, generator=g), request(data, 64, g)
+def save_pictures(make: Callable, data: Data, run: Run, title: str) -> None:
+    """Grids: samples, real beside generated, each attribute switched, all combinations; make(z, y) → images."""
+    folder, g = run.folder, torch.Generator().manual_seed(run.cfg.seed)
+    z, y = torch.randn(64, run.cfg.z_dim, generator=g), request(data, 64, g)
     save_grid(folder / "samples.png", make(z, y), title)
     index = torch.randint(len(data.images), (32,), generator=g)
     save_grid(folder / "real_beside_generated.png",
               real_above_generated(data.images[index], make(z[:32], data.labels[index])),
               f"{title}: lines of training images, below each generated ones with the same attributes")
 
-    # a line for each attribute: eight faces with it or, without groups, four faces without and with it
+    # a line for each attribute: eight faces with it or, without groups, four without and with it
     each = range(len(data.classes))
     if data.groups:
         what = "the same eight faces in each line, with one attribute set"
         pictures = [make(z[:8], switched(y[:8], a, 1, data)) for a in each]
     else:
-        what = "four faces, each without and with one attribute"
-        pairs = [torch.stack([switched(y[:4], a, value, data) for value in (0, 1)], 1) for a in each]
-        pictures = [make(z[:4].repeat_interleave(2, 0), pair.flatten(0, 1)) for pair in pairs]
+        what = "four faces without one attribute, then with it"
+        pictures = [make(z[:4].repeat(2, 1), torch.cat([switched(y[:4], a, value, data) for value in (0, 1)]))
+                    for a in each]
     save_grid(folder / "attributes.png", torch.cat(pictures), f"{title}: {what}", rows=data.classes)
 
     if data.groups:
@@ -282,13 +277,16 @@ def main(run: Run) -> None:
 
     title = run.title(data, cfg.loss, f"D {cfg.d_norm} norm, {cfg.d_cond}", f"G {cfg.g_cond}", f"ch {cfg.ch}")
     g = torch.Generator().manual_seed(cfg.seed)
-    fixed = torch.randn(64, cfg.z_dim, generator=g).to(device), request(data, 64, g).to(device)
+    fixed = torch.randn(64, cfg.z_dim, generator=g), request(data, 64, g)
     # best.pt is chosen by the distance to training images: held-out ones are for the final scores only
     validation = judge and judge.moments(data.validation_images())
 
+    def make(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ema(z.to(device), y.to(device))
+
     def sample(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        y, z = request(data, n, g), torch.randn(n, cfg.z_dim, generator=g)
-        return ema(z.to(device), y.to(device)), y
+        y = request(data, n, g)
+        return make(torch.randn(n, cfg.z_dim, generator=g), y), y
 
     def wrong_labels(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         return data.training_sample(n, g)[0], request(data, n, g)
@@ -301,7 +299,7 @@ def main(run: Run) -> None:
         ema.update(step)
 
         if run.due("sample"):
-            run.picture(ema(*fixed), title)
+            run.picture(make(*fixed), title)
         if judge and run.due("eval"):
             found = evaluator.score(sample, judge, cfg.eval_images, 1, cfg.seed, data.groups, validation)
             fd = found["FD (judge)"][0]
@@ -320,7 +318,7 @@ def main(run: Run) -> None:
             if inception:
                 scores[name]["FID"] = evaluator.score_fid(sample, inception, data.test_images, **options)
     if run.wants_pictures:
-        save_pictures(ema, data, run, f"{title}, step {step}")
+        save_pictures(make, data, run, f"{title}, step {step}")
     if judge:
         evaluator.report(run, data, judge, scores, ["FD (judge)", "accuracy", "exact", "FID"])
         print(f"\naccuracy of each attribute: {', '.join(scores)}")

@@ -305,19 +305,23 @@ def match(codes: torch.Tensor, digits: torch.Tensor,
 
 # ---------------------------------------------------------------------- scores of generated images
 
-@torch.no_grad()
+def over_draws(measure: Callable[[torch.Generator], dict], draws: int, seed: int) -> dict[str, tuple]:
+    """{score: (mean, standard deviation over draws)} of what measure(source of randomness) returns.
+
+    Draw i has the same z for one seed, whatever the device; the global random state is left alone.
+    """
+    g = torch.Generator().manual_seed(seed)
+    runs = [measure(g) for _ in range(draws)]
+    return {key: mean_std([run[key] for run in runs]) for key in runs[0]}
+
+
 def score(sample: Sampler, judge: Judge, n: int, draws: int, seed: int, groups: tuple = (),
           real: Moments | None = None) -> dict[str, tuple]:
-    """Score n generated images over several draws of z: {score: (mean, standard deviation over draws)}.
-
-    The scores are what the judge's kind measures and, with `real`, "FD (judge)" to those images. Draw i has
-    the same z for one seed, whatever the device; the global random state is left alone.
-    """
-    g, runs = torch.Generator().manual_seed(seed), []
-    for _ in range(draws):
+    """Score n generated images per draw: what the judge's kind measures and, with `real`, "FD (judge)"."""
+    def once(g: torch.Generator) -> dict:
         labels = []
 
-        def images(labels=labels) -> Iterator[torch.Tensor]:
+        def images() -> Iterator[torch.Tensor]:
             for i in range(0, n, judge.kind.at_once):
                 x, y = sample(min(judge.kind.at_once, n - i), g)
                 labels.append(y)
@@ -325,8 +329,8 @@ def score(sample: Sampler, judge: Judge, n: int, draws: int, seed: int, groups: 
         probabilities, moments = judge.read(images())
         requested = None if labels[0] is None else torch.cat(labels).cpu()
         found = {"FD (judge)": distance(real, moments)} if real else {}
-        runs.append(found | judge.kind.measure(probabilities, requested, groups))
-    return {key: mean_std([run[key] for run in runs]) for key in runs[0]}
+        return found | judge.kind.measure(probabilities, requested, groups)
+    return over_draws(once, draws, seed)
 
 
 def score_sets(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_dim: int, judge: Judge,
@@ -372,7 +376,7 @@ def get_inception(weights: str, device: torch.device) -> Inception | None:
 def score_fid(sample: Sampler, net: Inception, real: torch.Tensor, n: int, draws: int,
               seed: int) -> tuple[float, float]:
     """FID of n generated images to real ones, uint8 [N, 1 or 3, S, S]: mean and std over draws of z."""
-    device, g = net.fc.weight.device, torch.Generator().manual_seed(seed)
+    device = net.fc.weight.device
 
     def moments(batches: Iterable[torch.Tensor]) -> Moments:
         result = Moments()
@@ -380,9 +384,12 @@ def score_fid(sample: Sampler, net: Inception, real: torch.Tensor, n: int, draws
             result.update(part)
         return result
 
+    def once(g: torch.Generator) -> dict:
+        fake = moments(sample(min(100, n - i), g)[0] for i in range(0, n, 100))
+        return {"FID": distance(reference, fake)}
+
     reference = moments(part.to(device) for part in real.split(100))
-    return mean_std([distance(reference, moments(sample(min(100, n - i), g)[0] for i in range(0, n, 100)))
-                     for _ in range(draws)])
+    return over_draws(once, draws, seed)["FID"]
 
 
 def mean_std(values: list) -> tuple:

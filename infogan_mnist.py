@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -26,7 +27,7 @@ from common.datasets import Batches, Data, load_digits, to_float
 from common.errors import UserError
 from common.pictures import save_grid
 from common.run import Run, launch
-from synthetic.digits import code_effects, spearman
+from synthetic.digits import code_effects, correlations
 
 
 @dataclass
@@ -51,10 +52,9 @@ class Config(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.n_categories < 2:
-            raise UserError(f"--n-categories {self.n_categories}: must be at least 2")
-        if self.category >= self.n_categories:
-            raise UserError(f"--category {self.category}: the categories are 0 to {self.n_categories - 1}")
+        if self.n_categories < 2 or self.category >= self.n_categories:
+            raise UserError(f"--n-categories {self.n_categories} must be at least 2, and --category "
+                            f"{self.category} below it")
 
 
 # at width 16 the full run's rates let G collapse to one image per category in one trial
@@ -212,64 +212,39 @@ def save_pictures(make: Callable[..., torch.Tensor], data: Data, run: Run, title
                   make(z, torch.full((len(z),), cfg.category), continuous), nrow=21,
                   title=f"{title}: category {cfg.category}, code {c + 1} from -2 to 2 (trained: middle 11)")
     real, fake = data.training_sample(4 * cfg.n_categories, g)[0], make(*grid_codes(cfg, g, 4, None)).cpu()
-    save_grid(folder / "real_beside_generated.png", torch.cat([real, fake]), nrow=cfg.n_categories,
-              title=f"{title}: four lines of training images, four of generated ones")
+    save_grid(folder / "real_beside_generated.png", torch.cat([real, fake]),
+              f"{title}: four lines of training images, four of generated ones", cfg.n_categories)
 
 
 # ---------------------------------------------------------------------- scores
 
-def score_categories(make: Callable[..., torch.Tensor], cfg: Config, judge: evaluator.Judge, draws: int,
-                     seed: int) -> dict[str, tuple]:
-    """Meaning of the categories, each sampled equally often, as means and standard deviations over draws.
-
-    "code → digit": agreement with the judge's digits, matched one-to-one to maximise it; "purity" and "digit"
-    of each category.
+def score_categories(make: Callable[..., torch.Tensor], cfg: Config, judge: evaluator.Judge,
+                     g: torch.Generator) -> dict:
+    """"code → digit": agreement of categories, each sampled equally often, with the judge's digits, matched
+    one-to-one to maximise it; "digit" and "purity" of each category.
     """
-    g, agreement, purity = torch.Generator().manual_seed(seed), [], []
     category = torch.arange(cfg.eval_images) % cfg.n_categories
-    for _ in range(draws):
-        parts = [judge(make(uniform(len(k), cfg.z_dim, g=g), k, uniform(len(k), cfg.n_continuous, g=g)))
-                 for k in category.split(judge.kind.at_once)]
-        digit, agree, pure = evaluator.match(category, torch.cat(parts).argmax(1).cpu(), cfg.n_categories)
-        agreement.append(agree)
-        purity.append(pure)
-    agreement, purity = evaluator.mean_std(agreement), evaluator.mean_std(purity)
-    return {"code → digit": agreement, "purity": purity, "digit": digit}
+    digits = [judge(make(uniform(len(k), cfg.z_dim, g=g), k, uniform(len(k), cfg.n_continuous, g=g)))
+              for k in category.split(judge.kind.at_once)]
+    digit, agreement, purity = evaluator.match(category, torch.cat(digits).argmax(1).cpu(), cfg.n_categories)
+    return {"code → digit": agreement, "digit": torch.tensor(digit).double(), "purity": purity}
 
 
-def score_continuous(make: Callable[..., torch.Tensor], cfg: Config, draws: int,
-                     seed: int) -> dict[str, tuple]:
-    """Meaning of the continuous codes: code_effects, and "a code ~ slant" and "a code ~ width" of the code
-    with the stronger effect (which code it is, and its sign, are arbitrary).
-    """
-    g = torch.Generator().manual_seed(seed)
-    runs = [code_effects(make, cfg.z_dim, cfg.n_categories, cfg.n_continuous, g) for _ in range(draws)]
-    scores = {key: evaluator.mean_std([row[key] for row in runs]) for key in runs[0]}
-    for factor in ("slant", "width"):
-        effects = [scores[f"code {c + 1} ~ {factor}"] for c in range(cfg.n_continuous)]
-        mean, std = max(effects, key=lambda effect: abs(effect[0]))
-        scores[f"a code ~ {factor}"] = abs(mean), std
-    return scores
+def strongest(effects: dict[str, tuple], factor: str, n: int) -> tuple[float, float]:
+    """Correlation of the code with the stronger effect; which code it is, and its sign, are arbitrary."""
+    mean, std = max((effects[f"code {c + 1} ~ {factor}"] for c in range(n)), key=lambda e: abs(e[0]))
+    return abs(mean), std
 
 
 @torch.no_grad()
 def score_reading(body: nn.Module, Q: nn.Module, data: Data, device: torch.device) -> dict[str, tuple]:
-    """How well Q recovers the true factors of test images; only synthetic digits have those.
-
-    Returns {"Q's category → class": (agreement, 0), "Q's code 1 ~ slant": (Spearman's correlation, 0), …};
-    the correlations are means of those within each class.
-    """
+    """How well Q reads class, slant and width of synthetic test digits, whose true factors are known."""
     estimates = [Q(body(to_float(part.to(device)))) for part in data.test_images.split(500)]
     category = torch.cat([e[0].argmax(1) for e in estimates]).cpu()
     codes = torch.cat([e[1] for e in estimates]).cpu()
-    agreement = evaluator.match(category, data.test_labels, int(category.max()) + 1)[1]
-    scores = {"Q's category → class": (agreement, 0.0)}
-    classes = [data.test_labels == digit for digit in data.test_labels.unique()]
-    for c in range(codes.shape[1]):
-        for name in ("slant", "width"):
-            rho = [spearman(codes[mine, c], data.test_factors[name][mine]) for mine in classes]
-            scores[f"Q's code {c + 1} ~ {name}"] = torch.stack(rho).mean().item(), 0.0
-    return scores
+    scores = {"category → class": evaluator.match(category, data.test_labels, int(category.max()) + 1)[1]}
+    scores |= correlations(codes, data.test_labels, data.test_factors)
+    return {f"Q's {name}": (value, 0.0) for name, value in scores.items()}
 
 
 # ---------------------------------------------------------------------- training
@@ -303,6 +278,8 @@ def main(run: Run) -> None:
         category = torch.randint(cfg.n_categories, (n,), generator=g)
         return make(uniform(n, cfg.z_dim, g=g), category, uniform(n, cfg.n_continuous, g=g)), None
 
+    categories = partial(score_categories, make, cfg, judge)
+    effects = partial(code_effects, make, cfg.z_dim, cfg.n_categories, cfg.n_continuous)
     for step in run.steps():
         real, _ = batches(step - 1)
         z = uniform(len(real), cfg.z_dim, device=device)
@@ -319,21 +296,20 @@ def main(run: Run) -> None:
                         nrow=cfg.n_categories)
         if judge and run.due("eval"):
             found = evaluator.score(sample, judge, cfg.eval_images, 1, cfg.seed, real=validation)
-            fd, codes = found["FD (judge)"][0], score_categories(make, cfg, judge, 1, cfg.seed)
+            fd, codes = found["FD (judge)"][0], evaluator.over_draws(categories, 1, cfg.seed)
             run.score(best=-fd, fd_judge=fd, accuracy_code=codes["code → digit"][0])
 
-    # the scores of both checkpoints; summary and pictures are of last.pt
-    scores, seed = {}, cfg.seed + 1  # other z than best.pt was chosen with
-    options = dict(n=cfg.eval_images, draws=cfg.eval_draws, seed=seed)
+    # the scores of both checkpoints, with other z than best.pt was chosen with
+    scores, n, draws = {}, cfg.eval_images, dict(draws=cfg.eval_draws, seed=cfg.seed + 1)
     if judge:
         inception, test = evaluator.get_inception(cfg.fid_weights, device), judge.moments(data.test_images)
-    for name, step in run.checkpoints("best", "last"):
+    for name, step in run.checkpoints("best", "last"):  # summary and pictures are of last.pt
         if judge:
-            row = score_categories(make, cfg, judge, cfg.eval_draws, seed)
-            row |= score_continuous(make, cfg, cfg.eval_draws, seed)
-            row |= evaluator.score(sample, judge, real=test, **options) | {"step": step}
+            row = {"step": step} | evaluator.score(sample, judge, n, real=test, **draws)
+            row |= evaluator.over_draws(categories, **draws) | evaluator.over_draws(effects, **draws)
+            row |= {f"a code ~ {name}": strongest(row, name, cfg.n_continuous) for name in ("slant", "width")}
             if inception:
-                row["FID"] = evaluator.score_fid(sample, inception, data.test_images, **options)
+                row["FID"] = evaluator.score_fid(sample, inception, data.test_images, n=n, **draws)
             if data.test_factors:
                 row |= score_reading(body.eval(), Q.eval(), data, device)
             scores[name] = row
@@ -342,8 +318,8 @@ def main(run: Run) -> None:
     if judge:
         evaluator.report(run, data, judge, scores, ["code → digit", "a code ~ slant", "a code ~ width",
                                                     "FD (judge)", "FID"])
-        print(f"\nthe categories' digits: {row['digit']}; share of the most frequent digit in each, %: "
-              f"{[round(100 * share) for share in row['purity'][0]]}")
+        print("\ndigit of each category, and its share there: " + ", ".join(
+            f"{digit:.0f} {pure:.0%}" for digit, pure in zip(row["digit"][0], row["purity"][0], strict=True)))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.ablations import markdown  # noqa: E402
 from benchmarks.sweep import seconds_per_iteration  # noqa: E402
+
+from benchmarks.ablations import markdown  # noqa: E402
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, exit_status  # noqa: E402
 
@@ -145,8 +146,9 @@ def script_rows(kept: dict[str, dict]) -> list[str]:
         k = kept[name]["runs"][run] if run else kept[name]
         scores = ", ".join(f"{c} {number(*v)}" for c, v in list(k["scores"]["summary"].items())[:3])
         size = k["config"].get("image_size", 32)
-        lines.append(f"| [{script}]({script}) | {paper} | {data_of(k)}, {size}×{size} | {scores} | {minutes(k)}, "
-                     f"{hardware(k)} | {write_up} |")
+        cells = [f"[{script}]({script})", paper, f"{data_of(k)}, {size}×{size}", scores,
+                 f"{minutes(k)}, {hardware(k)}", write_up]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -154,7 +156,8 @@ def sweep_table(name: str, kept: dict) -> str:
     """A sweep's command, judge and hardware, and a line for each of its runs."""
     first = next(iter(kept["runs"].values()))
     pictures = {"a strip of each": f"{name}.png"} | {g: f"{name}_{g}.png" for g in kept["grids"]}
-    links = ", ".join(f"[{text}]({file})" for text, file in (pictures | {"all figures": f"{name}.json"}).items())
+    pictures["all figures"] = f"{name}.json"
+    links = ", ".join(f"[{text}]({file})" for text, file in pictures.items())
     scores, note = first["scores"], f"; {kept['note']}" if kept["note"] else ""
     lines = [f"`{short(first['command'])}` on {data_of(first)}, {scores['draws']} draws; judge: "
              f"{scores['judge']}; {hardware(first)}{note} ({links}):", "",

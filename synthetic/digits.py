@@ -207,3 +207,12 @@ def code_effects(make: Callable[..., torch.Tensor], z_dim: int, n_categories: in
             effects[f"code {c + 1} ~ {name}"] = rho.mean().item()
             effects[f"code {c + 1}: change of {name}"] = (values[:, -1] - values[:, 0]).nanmean().item()
     return effects
+
+
+def correlations(codes: torch.Tensor, labels: torch.Tensor,
+                 factors: dict[str, torch.Tensor]) -> dict[str, float]:
+    """{"code 1 ~ slant": Spearman's correlation of codes [N, C] with true factors [N], mean over classes}."""
+    classes = [labels == digit for digit in labels.unique()]
+    return {f"code {c + 1} ~ {name}": torch.stack([spearman(codes[k, c], factors[name][k]) for k in classes]
+                                                  ).mean().item()
+            for c in range(codes.shape[1]) for name in ("slant", "width")}

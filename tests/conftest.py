@@ -1,15 +1,17 @@
-"""Everything here is offline and runs in a temporary folder: scripts keep data/ and runs/ in the working
+"""Everything here is offline and runs in temporary folders: scripts keep data/ and runs/ in the working
 directory."""
 import csv
 import json
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: two workers on two cores, a thread each,
-    os.environ["OMP_NUM_THREADS"] = "1"  # as in the scripts that they start
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: a thread for each of the two workers
+    os.environ["OMP_NUM_THREADS"] = "1"
+import importlib
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,40 +22,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# a run of seconds: drawn data, narrow networks, a judge that has hardly learnt
-TINY = [
-    "--data",
-    "drawn",
-    "--n-scenes",
-    "24",
-    "--image-size",
-    "32",
-    "--ch",
-    "2",
-    "--batch-size",
-    "8",
-    "--n-dis",
-    "2",
-    "--z-dim",
-    "8",
-    "--judge-width",
-    "8",
-    "--judge-steps",
-    "4",
-    "--eval-draws",
-    "2",
-    "--log-every",
-    "2",
-    "--device",
-    "cpu",
-]
+# settings of runs that take seconds: synthetic data, narrow networks, a judge of four steps
+COMMON = dict(data="synthetic", batch_size=8, judge_width=8, judge_steps=4, eval_draws=2, log_every=2,
+              device="cpu")
+DIGITS = COMMON | dict(n_synthetic=60, eval_images=40)
+FACES = COMMON | dict(n_synthetic=300, image_size=32, ch=1, z_dim=4, eval_images=20)
+SCENES = COMMON | dict(n_scenes=24, image_size=32, ch=2, z_dim=8)
+TINY = {
+    "dcgan_mnist": DIGITS | dict(latent_dim=5, hidden_dim=3),
+    "infogan_mnist": DIGITS | dict(ch=2, image_size=32),
+    "acgan_celeba": FACES | dict(n_dis=2),
+    "vae_celeba": FACES,
+    "sngan_iclevr": SCENES | dict(n_dis=2),
+    "cdcgan_iclevr": SCENES,
+}
 
 
-def script(name: str, *args: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run a script of the project as a user does."""
-    return subprocess.run(
-        command(name, *args), cwd=cwd, capture_output=True, text=True, timeout=200, env=environment()
-    )
+def flags(fields: dict) -> list[str]:
+    """Settings as a command line."""
+    text = []
+    for name, value in fields.items():
+        flag = name.replace("_", "-")
+        text += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return text
 
 
 def command(name: str, *args: str) -> list[str]:
@@ -64,32 +55,40 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONUNBUFFERED": "1"}
 
 
+def script(name: str, *args: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user does."""
+    return subprocess.run(command(name, *args), cwd=cwd, capture_output=True, text=True, timeout=200,
+                          env=environment())
+
+
+def run_here(name: str, action: str = "train", folder: str | Path | None = None, **fields) -> Path:
+    """Call a script's main in this process and the working directory there is; returns the run's folder."""
+    from common.cli import FREE_ON_RESUME, FREE_ON_USE, stored_config
+    from common.run import Run
+    module = importlib.import_module(name)
+    if action == "train":
+        cfg = module.Config(**TINY[name] | fields)
+    else:
+        free = FREE_ON_RESUME if action == "resume" else FREE_ON_USE
+        cfg = stored_config(module.Config, Path(folder), fields, free)
+    with Run(cfg, Path(module.__file__), action, Path(folder) if folder else None) as run:
+        module.main(run)
+    return run.folder
+
+
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory) -> Path:
-    """Shared by the runs of one session, so that data are drawn and the judge is trained once."""
+    """Shared by the runs of one session, so that data are rendered and judges trained once."""
     return tmp_path_factory.mktemp("work")
 
 
-@pytest.fixture(scope="session")
-def tiny_run(workdir) -> Path:
-    """A finished run of nine iterations."""
-    done = script(
-        "sngan_iclevr.py",
-        *TINY,
-        "--iters",
-        "9",
-        "--out",
-        "runs/tiny",
-        "--sample-every",
-        "3",
-        "--eval-every",
-        "4",
-        "--save-every",
-        "4",
-        cwd=workdir,
-    )
-    assert done.returncode == 0, done.stderr
-    return workdir / "runs" / "tiny"
+@pytest.fixture
+def here(workdir, tmp_path, monkeypatch) -> Path:
+    """A fresh working directory that shares the session's data/."""
+    (workdir / "data").mkdir(exist_ok=True)
+    (tmp_path / "data").symlink_to(workdir / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)
@@ -101,23 +100,19 @@ def _not_deterministic():
 
 def make_iclevr(folder: Path, n_scenes: int = 6) -> Path:
     """A folder of i-CLEVR's layout with small pictures of noise, 40×30."""
-    from common import worlds
+    from synthetic import scenes
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     train = {}
     for scene in range(n_scenes):
-        objects = [str(o) for o in rng.permutation(worlds.OBJECTS)[:3]]
+        objects = [str(o) for o in rng.permutation(scenes.OBJECTS)[:3]]
         for frame in range(3):
             name = f"CLEVR_train_{scene:06}_{frame}.png"
             Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / "images" / name)
-            train[name] = objects[: frame + 1]
-    ids = {name: i for i, name in enumerate(worlds.OBJECTS)}
-    for name, content in (
-        ("train", train),
-        ("objects", ids),
-        ("test", [["red cube"], ["gray sphere", "blue cube"]]),
-        ("new_test", [["cyan cylinder"]]),
-    ):
+            train[name] = objects[:frame + 1]
+    lists = {"train": train, "objects": {name: i for i, name in enumerate(scenes.OBJECTS)},
+             "test": [["red cube"], ["gray sphere", "blue cube"]], "new_test": [["cyan cylinder"]]}
+    for name, content in lists.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 
@@ -128,16 +123,22 @@ def iclevr(tmp_path) -> Path:
 
 
 def make_mnist(root: Path, n_train: int = 40, n_test: int = 20) -> Path:
-    """root/MNIST/raw with the four idx files, of drawn digits."""
-    from common import worlds
+    """root/MNIST/raw with the four idx files, of synthetic digits."""
+    from synthetic import digits
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    images, labels, _ = worlds.digits(n_train + n_test)
+    images, labels, _ = digits.render(n_train + n_test)
     for part, rows in (("train", slice(n_train)), ("t10k", slice(n_train, None))):
         for kind, dims, x in (("images-idx3", 3, images[rows, 0]), ("labels-idx1", 1, labels[rows].byte())):
             header = bytes([0, 0, 8, dims]) + b"".join(size.to_bytes(4, "big") for size in x.shape)
             (raw / f"{part}-{kind}-ubyte").write_bytes(header + x.numpy().tobytes())
     return root
+
+
+def settings(**fields) -> SimpleNamespace:
+    """What the loaders read of a config."""
+    return SimpleNamespace(**dict(data="synthetic", image_size=32, n_scenes=24, n_synthetic=60, attributes="",
+                                  crop=0, skip_bad_images=False) | fields)
 
 
 def same(a, b, path="") -> None:
@@ -148,25 +149,27 @@ def same(a, b, path="") -> None:
         assert a.keys() == b.keys(), path
         for key in a:
             same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list):
+    elif isinstance(a, list | tuple):
         assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
             same(x, y, f"{path}[{i}]")
     else:
         assert a == b, path
 
 
-def same_runs(a, b) -> None:
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv, without empty cells and without seconds."""
+    with open(folder / "metrics.csv", newline="") as f:
+        return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(f)]
+
+
+def same_runs(a: Path, b: Path) -> None:
     for name in ("last.pt", "best.pt"):
-        one, other = (torch.load(f / name, weights_only=True) for f in (a, b))
+        one, other = (torch.load(folder / name, weights_only=True) for folder in (a, b))
         one["config"].pop("out"), other["config"].pop("out")
         same(one, other, name)
-    rows = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(f / "metrics.csv"))]
-        for f in (a, b)
-    ]
-    assert rows[0] == rows[1]
-    pictures = [{p.name: p.read_bytes() for p in (f / "samples").iterdir()} for f in (a, b)]
+    assert rows_of(a) == rows_of(b)
+    pictures = [{p.name: p.read_bytes() for p in (folder / "samples").iterdir()} for folder in (a, b)]
     assert pictures[0] == pictures[1]
 
 
@@ -177,36 +180,6 @@ def wait_for(condition, process, seconds=120):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     raise AssertionError("it did not come that far")
-
-
-def main(module, *argv: str) -> None:
-    """Call a script's main in this process, in the working directory there is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [Path(module.__file__).name, *argv])
-        assert not module.main()
-
-
-def cut_off_and_resumed(module, at: int, **fields) -> None:
-    """Trains in the working directory, once whole and once cut off after the row logged at step `at`, then
-    resumed; expects the same bits. (test_sngan.py does so to processes, with signals.)
-    """
-    from common.run import Run
-
-    class Cut(Exception):
-        pass
-
-    def log(self, step, **scalars):
-        original(self, step, **scalars)
-        if step >= at:
-            raise Cut
-    assert module.train(module.Config(out="whole", **fields)) == 0
-    original = Run.log
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(Run, "log", log)
-        module.train(module.Config(out="cut", **fields))
-    assert 0 < torch.load("cut/last.pt", weights_only=True)["step"] < at
-    assert module.train(module.Config(out="cut", **fields), Path("cut")) == 0
-    same_runs(Path("cut"), Path("whole"))
 
 
 class CountReads(TorchDispatchMode):
@@ -220,23 +193,23 @@ class CountReads(TorchDispatchMode):
 
 
 @pytest.fixture
-def refuses(tmp_path, monkeypatch, capsys, request):
-    """Runs main of the test module's SCRIPT; expects status 2, one line, and an untouched folder."""
+def refuses(tmp_path, monkeypatch, capsys):
+    """Calls a script with a command line; expects status 2, one error line, and an untouched folder."""
     from common import run
 
     def files() -> dict:
         return {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and "cache" not in str(p)}
 
-    def check(*argv, message):
-        script = request.module.SCRIPT
+    def check(name, *argv, message):
+        module = importlib.import_module(name)
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", [Path(script.__file__).name, *argv])
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, argv)])
         before = files()
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
-            run.entry(script.main)
+            run.launch(module.main, module.Config, module.QUICK)
         error = capsys.readouterr().err
-        assert left.value.code == 2
+        assert left.value.code == 2, error
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
         assert files() == before
 
