@@ -1,7 +1,7 @@
 """common/fid.py beside pytorch-fid: the distance alone, features of a folder of PNGs, and memory.
 
     pip install pytorch-fid
-    python benchmarks/fid.py        # about ten minutes on two CPU cores
+    python benchmarks/fid_speed.py        # about ten minutes on two CPU cores
 
 distance: of two full covariances at 2048 dimensions. features: from a folder of PNGs to mean and covariance,
 both networks with the same random weights (so no download; the values mean nothing, but must be the same).
@@ -26,6 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.fid import list_images, read_images  # noqa: E402
 from common import fid  # noqa: E402
 
 
@@ -56,7 +57,7 @@ def pictures(folder: Path, n: int, size: int, seed: int) -> Path:
 
 def ours(net: fid.Inception, folder: Path, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     moments = fid.Moments()
-    for batch in fid.features(net, fid.read_images(fid.list_images(folder), batch_size)):
+    for batch in fid.features(net, read_images(list_images(folder), batch_size)):
         moments.update(batch)
     return moments.mean.numpy(), moments.covariance.numpy()
 
@@ -93,7 +94,7 @@ def only(args: argparse.Namespace) -> None:
         moments, g = fid.Moments(), torch.Generator().manual_seed(0)
         for _ in range(int(n) // args.batch_size):
             moments.update(torch.rand(args.batch_size, 2048, generator=g))
-        moments.covariance
+        _ = moments.covariance
     else:
         net = fid.Inception()
         net.load_state_dict(random_weights())
@@ -182,9 +183,9 @@ def main() -> int | None:
     for name, figures in result.items():
         print(f"{name}: " + ", ".join(f"{k} {v:.6g}" for k, v in figures.items()))
     if args.json:
-        from common.run import circumstances
-        result["command"] = " ".join(["benchmarks/fid.py", *sys.argv[1:]])
-        result |= circumstances("cpu")
+        from common.system import circumstances
+        result["command"] = " ".join(["benchmarks/fid_speed.py", *sys.argv[1:]])
+        result |= circumstances(torch.device("cpu"))
         Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 

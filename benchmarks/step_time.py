@@ -2,14 +2,16 @@
 
     python benchmarks/step_time.py        # --ch 16 --batch-size 32, 64×64, 4 D steps, 2 threads
 
-"script" runs sngan_iclevr.train itself. "plain" is what is commonly written: a DataLoader of two workers that
-decodes PNGs, D called once for real and once for fake images, spectral norm made anew in every forward pass,
-Adam as it comes, losses read back each step. Both train on the same drawn images. Each round runs both, each
-in a process of its own; the medians over the rounds, and of the rounds' ratios, are printed and, with --json
-FILE, written.
+"script" runs sngan_iclevr.main itself. "plain" is the common way to write it: a DataLoader of two workers
+that decodes PNGs, D called once for real and once for fake images, spectral norm in every forward pass, Adam
+with its defaults, losses read back each step. Both train on the same synthetic images. Each round runs both, each
+in a process of its own; the medians over the rounds, and of the rounds' ratios, are printed and, with --json FILE,
+written.
 """
 import argparse
+import contextlib
 import csv
+import itertools
 import json
 import os
 import resource
@@ -19,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,18 +30,20 @@ sys.path.insert(0, str(ROOT))
 def script(args: argparse.Namespace) -> list[float]:
     """Seconds of each iteration of the script, the first two left out."""
     import sngan_iclevr
+    from common.run import Run
     cfg = sngan_iclevr.Config(iters=args.iters + 2, batch_size=args.batch_size, ch=args.ch,
-                              image_size=args.image_size, data="drawn", n_scenes=args.scenes, judge="none",
-                              device="cpu", log_every=1, sample_every=0, save_every=0,
+                              image_size=args.image_size, data="synthetic", n_scenes=args.scenes,
+                              judge="none", device="cpu", log_every=1, sample_every=0, save_every=0,
                               out=str(Path(args.folder) / f"run-{os.getpid()}"))
-    sngan_iclevr.train(cfg)
+    with Run(cfg, Path(sngan_iclevr.__file__)) as run, contextlib.redirect_stdout(sys.stderr):
+        sngan_iclevr.main(run)
     with open(Path(cfg.out) / "metrics.csv", newline="") as f:
         seconds = [float(row["seconds"]) for row in csv.DictReader(f)]
-    return [b - a for a, b in zip(seconds[1:], seconds[2:])]
+    return [b - a for a, b in itertools.pairwise(seconds[1:])]
 
 
 def plain(args: argparse.Namespace) -> list[float]:
-    """The same networks and losses, written as most such loops are."""
+    """The same networks and losses in a common training loop."""
     import torch
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
@@ -48,7 +53,7 @@ def plain(args: argparse.Namespace) -> list[float]:
     from common import losses
     from common.datasets import load_iclevr
 
-    data = load_iclevr("drawn", args.image_size, args.scenes)
+    data = load_iclevr(SimpleNamespace(data="synthetic", image_size=args.image_size, n_scenes=args.scenes))
     folder = Path(args.folder) / "png"
     if not folder.exists():
         folder.mkdir()
@@ -138,9 +143,11 @@ def main() -> None:
               + (f" and {r['worker_mib']:.0f} MiB in a worker" if which == "plain" else ""))
     print(f"plain ÷ script: {result['plain ÷ script, median of rounds']}")
     if args.json:
-        from common.run import circumstances
+        import torch
+
+        from common.system import circumstances
         result["command"] = " ".join(["benchmarks/step_time.py", *sys.argv[1:]])
-        result |= circumstances("cpu")
+        result |= circumstances(torch.device("cpu"))
         Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 

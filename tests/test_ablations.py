@@ -1,6 +1,5 @@
 """The table of ablations: its runs are ones that the scripts take, and its figures add up."""
 import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -16,26 +15,20 @@ import torch
 from PIL import Image
 from scipy.stats import t
 
-from common import run
-from tests.conftest import ROOT, make_iclevr, same
-
-
-@pytest.fixture
-def ablations():
-    spec = importlib.util.spec_from_file_location("ablations", ROOT / "benchmarks" / "ablations.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from benchmarks import ablations
+from common.cli import parse
+from common.errors import Stopped, UserError
+from tests.conftest import make_iclevr, same
 
 
 @pytest.mark.parametrize("size", ["narrow", "full"])
-def test_each_row_changes_one_thing(ablations, size):
+def test_each_row_changes_one_thing(size):
     configs = {}
     for row, what in ablations.ROWS.items():
         if what.flags[size] is not None:
             script = importlib.import_module(what.script)
             argv = f"{ablations.SIZES[size][what.script]} {what.flags[size]} {ablations.JUDGE[size]}".split()
-            configs[row] = script, vars(run.parse(script.Config, script.QUICK, "", argv)[1])
+            configs[row] = script, vars(parse(script.Config, script.QUICK, "", argv)[1])
     assert len(configs) == 12
     budget = {"iters", "lr_decay_from"}  # the latter, where it is the one thing
     for row, (script, fields) in configs.items():
@@ -47,7 +40,7 @@ def test_each_row_changes_one_thing(ablations, size):
 
 
 @pytest.fixture
-def kept(ablations, tmp_path):
+def kept(tmp_path):
     """Finished runs, as {row: [(accuracy on test, on new_test) of each seed]}; None: one that diverged."""
     def write(figures: dict) -> dict:
         for row, seeds in figures.items():
@@ -57,16 +50,16 @@ def kept(ablations, tmp_path):
                 if accuracies is None:
                     (folder / ablations.DIVERGED).touch()
                     continue
-                last = {test: {"accuracy": [x, 0.01]} for test, x in zip(("test", "new_test"), accuracies)}
+                last = {f"accuracy {t}": [accuracies[i], 0.01] for i, t in enumerate(("test", "new_test"))}
                 file = folder / ("scores_without_ema.json" if row == ablations.NO_EMA else "scores.json")
                 file.write_text(json.dumps(last if row == ablations.NO_EMA else {"last": last}))
                 rows = f"step,seconds,d_loss\n5,9,0.2\n10,{60 * (seed + 1)},0.1\n"
                 (folder / "metrics.csv").write_text(rows)
-        return ablations.table(Namespace(out=tmp_path, seeds=3, device="cpu"), "narrow")
+        return ablations.table(Namespace(out=tmp_path, seeds=3, device="cpu"))
     return write
 
 
-def test_the_table_is_means_over_seeds_and_compares_like_with_like(ablations, kept):
+def test_the_table_is_means_over_seeds_and_compares_like_with_like(kept):
     found = kept({ablations.SNGAN: [(0.30, 0.40), (0.31, 0.39), (0.28, 0.44)],
                   "relativistic": [(0.20, 0.31), (0.21, 0.30), (0.19, 0.31)],
                   "flipped labels": [(0.25, 0.50), (0.40, 0.39)],  # a seed is still missing
@@ -97,7 +90,7 @@ def test_the_table_is_means_over_seeds_and_compares_like_with_like(ablations, ke
     assert lines[4].endswith(f"| SNGAN, projection | worse: -0.100 ({low:+.3f} to {high:+.3f}) | worse |")
 
 
-def test_single_seeds_have_no_spread_and_a_row_that_diverged_no_mean(ablations, kept):
+def test_single_seeds_have_no_spread_and_a_row_that_diverged_no_mean(kept):
     found = kept({ablations.SNGAN: [(0.3, 0.4)], "relativistic": [(0.4, 0.5), None], "decay": [None],
                   ablations.NO_EMA: [(0.2, 0.3)], ablations.DCGAN: [(0.1, 0.1)]})
     lines = ablations.markdown(found).splitlines()[2:]
@@ -109,7 +102,7 @@ def test_single_seeds_have_no_spread_and_a_row_that_diverged_no_mean(ablations, 
 
 
 @pytest.fixture
-def call(ablations, tmp_path, monkeypatch):
+def call(tmp_path, monkeypatch):
     """main() with three rows, tiny and of one seed: SNGAN, without EMA, and DCGAN."""
     monkeypatch.chdir(tmp_path)
     rows = [ablations.SNGAN, ablations.NO_EMA, ablations.DCGAN]
@@ -127,58 +120,41 @@ def call(ablations, tmp_path, monkeypatch):
     return call
 
 
-def test_runs_are_made_once_scored_and_drawn(ablations, call, tmp_path, monkeypatch, capsys):
+def test_runs_are_made_once_scored_and_pictured(call, tmp_path, monkeypatch, capsys):
     (tmp_path / "kept").mkdir()
-    used, original = [], ablations.averaged_or_not
-    monkeypatch.setattr(ablations, "averaged_or_not", lambda *a: used.append(a) or original(*a))
+    used, original = [], ablations.load
+    monkeypatch.setattr(ablations, "load", lambda *a: used.append(a) or original(*a))
     assert call("--keep", "kept/all") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/last.pt")}
-    assert len(made) == 2 and "DCGAN-concat-0: done" in told
+    assert len(made) == 2 and "DCGAN-concat-0: done" in output
     kept = json.loads((tmp_path / "kept" / "all.json").read_text())
-    assert list(kept["rows"]) == list(ablations.ROWS) and ablations.markdown(kept["rows"]) in told
+    assert list(kept["rows"]) == list(ablations.ROWS) and ablations.markdown(kept["rows"]) in output
     assert kept["commit"] and kept["what"].startswith("i-CLEVR, narrow; judge: ResNet-18 of width 8")
     sngan, dcgan = (Path("runs") / name for name in ("SNGAN-projection-0", "DCGAN-concat-0"))
-    # scored without EMA, then drawn with, without, and with
+    # scored without EMA, then pictured with, without, and with
     assert used == [(sngan, "G"), (sngan, "ema"), (sngan, "G"), (dcgan, "ema")]
-    state = run.load_checkpoint(sngan / "last.pt", "cpu")
+    state = torch.load(sngan / "last.pt", weights_only=True)
     for key in ("ema", "G"):
         same(original(sngan, key)[0].state_dict(), state[key])
     assert not torch.equal(state["ema"]["last.weight"], state["G"]["last.weight"])
     pictures = [Image.open(tmp_path / "runs" / f"{row}.png") for row in ablations.ROWS]
     with Image.open(tmp_path / "kept" / "all.png") as picture:
         assert picture.size == (pictures[0].width, sum(one.height for one in pictures))
-    images = [one.crop((0, one.height - 66, one.width, one.height)).tobytes() for one in pictures]
+    images = [one.crop((0, one.height - 80, one.width, one.height)).tobytes() for one in pictures]
     assert len(set(images)) == 3  # below the headings
     assert call() == 0
     assert all(path.stat().st_mtime_ns == when for path, when in made.items())
     # a folder of another run is refused before anything is made
     ablations.SIZES["narrow"]["cdcgan_iclevr"] += " --lr-g 0.5"
-    with pytest.raises(run.UserError, match="runs/DCGAN-concat-0 was run with another lr_g: delete it"):
+    with pytest.raises(UserError, match="runs/DCGAN-concat-0 was made with other settings: --lr-g"):
         call("--table")
 
 
-def test_runs_that_diverge_fail_or_are_stopped(ablations, call, tmp_path, monkeypatch, capfd):
-    folder = tmp_path / "runs" / "SNGAN-projection-0"
-    # 3: not finite; 2: something the user must mend; the same for both scripts
-    script = "import os, sys; os.makedirs(sys.argv[-1], exist_ok=True); print('said'); sys.exit({})"
-    real = ablations.subprocess.Popen
-    status = []
-    monkeypatch.setattr(ablations.subprocess, "Popen", lambda command, **options: real(
-        [sys.executable, "-c", script.format(status[0]), *command], **options))
-    status[:] = [2]
-    assert call() == 2
-    assert "SNGAN-projection-0: status 2: said" in capfd.readouterr().out and not list(folder.iterdir())
-    status[:] = [3]
-    assert call() == 0 and (folder / ablations.DIVERGED).read_text() == "said\n"
-    assert call() == 0  # not tried again
-    assert capfd.readouterr().out.count("status 3: said") == 2  # of both rows, once
-
-
-def test_a_stop_ends_the_runs_and_nothing_is_kept(ablations, call, tmp_path, capfd, monkeypatch):
+def test_a_stop_ends_the_runs_and_nothing_is_kept(call, tmp_path, capfd, monkeypatch):
     (tmp_path / "kept").mkdir()
-    ablations.SIZES["narrow"] = {name: flags.replace("--iters 2", "--iters 100000")
-                                 for name, flags in ablations.SIZES["narrow"].items()}
+    monkeypatch.setitem(ablations.SIZES, "narrow", {name: flags.replace("--iters 2", "--iters 100000")
+                                                    for name, flags in ablations.SIZES["narrow"].items()})
     folders = [tmp_path / "runs" / name for name in ("SNGAN-projection-0", "DCGAN-concat-0")]
 
     def stop() -> None:
@@ -188,9 +164,8 @@ def test_a_stop_ends_the_runs_and_nothing_is_kept(ablations, call, tmp_path, cap
         os.kill(os.getpid(), signal.SIGTERM)
     thread = threading.Thread(target=stop)
     thread.start()
-    assert call("--keep", "kept/all") == 130
+    with pytest.raises(Stopped, match="the same command continues"):
+        call("--keep", "kept/all")
     thread.join()
-    assert all((folder / "last.pt").exists() for folder in folders)  # saved as they were told to end
-    told = capfd.readouterr().out
-    assert not list((tmp_path / "kept").iterdir()) and "call again to go on" in told
-    assert "no run is finished" not in told and "status" not in told  # it ends there, without a table
+    assert all((folder / "last.pt").exists() for folder in folders)  # they saved before they ended
+    assert not list((tmp_path / "kept").iterdir()) and "done" not in capfd.readouterr().out

@@ -1,14 +1,16 @@
 """Blocks and losses against torch's own layers or a formula written out."""
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sngan_iclevr as sngan
 from common import blocks, losses
-from sngan_iclevr import Config, Discriminator, Generator, build
+from sngan_iclevr import Discriminator, Generator
 
 NULL = 24
 
@@ -21,7 +23,7 @@ def seed():
 def randomise_norms(net: nn.Module) -> None:
     """Batch norms and label tables away from their initial values, null rows kept."""
     for module in net.modules():
-        if isinstance(module, blocks.ConditionalBatchNorm):
+        if isinstance(module, sngan.ConditionalBatchNorm):
             nn.init.normal_(module.gamma, 1, 0.3)
             nn.init.normal_(module.beta, 0, 0.3)
             for table in (module.gain, module.bias):
@@ -30,9 +32,7 @@ def randomise_norms(net: nn.Module) -> None:
 
 def test_spectral_norm_reaches_one_on_every_layer_of_d_but_the_joining_one():
     D = Discriminator(NULL, 4, 32, "linear")
-    weighted = {
-        name: m for name, m in D.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))
-    }
+    weighted = {name: m for name, m in D.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))}
     assert len(weighted) == 3 * 4 + 3  # four blocks of three convolutions; linear, embed, join
     for _ in range(60):
         with blocks.normed_once(D):
@@ -46,7 +46,7 @@ def test_spectral_norm_reaches_one_on_every_layer_of_d_but_the_joining_one():
 
 
 def test_initialisation_is_not_lost_under_spectral_norm():
-    block = blocks.DownBlock(16, 32)
+    block = sngan.DownBlock(16, 32)
     for conv, gain in ((block.conv1, math.sqrt(2)), (block.conv2, math.sqrt(2)), (block.shortcut, 1.0)):
         weight = conv.parametrizations.weight.original
         fan = (weight.shape[0] + weight.shape[1]) * weight.shape[2] ** 2
@@ -65,11 +65,11 @@ def test_weights_are_normed_once_however_often_d_is_called():
     with blocks.normed_once(other):
         once = other(x, y)
     torch.testing.assert_close(twice, once)
-    for a, b in zip(D.buffers(), other.buffers()):
+    for a, b in zip(D.buffers(), other.buffers(), strict=True):
         assert torch.equal(a, b)
     with blocks.normed_once(D):
         pass
-    assert not all(torch.equal(a, b) for a, b in zip(D.buffers(), other.buffers()))
+    assert not all(torch.equal(a, b) for a, b in zip(D.buffers(), other.buffers(), strict=True))
 
 
 def test_normed_once_lets_gradients_through():
@@ -81,12 +81,10 @@ def test_normed_once_lets_gradients_through():
 
 
 def test_conditional_batch_norm_is_its_formula():
-    norm = blocks.ConditionalBatchNorm(5, NULL)
+    norm = sngan.ConditionalBatchNorm(5, NULL)
     randomise_norms(norm)
-    x, ids = (
-        torch.randn(4, 5, 3, 3),
-        torch.tensor([[1, 2, 3], [4, 5, NULL], [6, NULL, NULL], [NULL, NULL, NULL]]),
-    )
+    x = torch.randn(4, 5, 3, 3)
+    ids = torch.tensor([[1, 2, 3], [4, 5, NULL], [6, NULL, NULL], [NULL, NULL, NULL]])
     out = norm(x, ids)
     mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
     for b in range(4):
@@ -103,7 +101,7 @@ def test_conditional_batch_norm_is_its_formula():
 
 
 def test_up_block_is_the_paper_s_order_of_layers():
-    block = blocks.UpBlock(6, 4, NULL)
+    block = sngan.UpBlock(6, 4, NULL)
     randomise_norms(block)
     x, ids = torch.randn(3, 6, 4, 4), torch.randint(25, (3, 3))
     up = nn.Upsample(scale_factor=2)
@@ -115,7 +113,7 @@ def test_up_block_is_the_paper_s_order_of_layers():
 
 @pytest.mark.parametrize("first", [False, True])
 def test_down_block_is_the_paper_s_order_of_layers(first):
-    block = blocks.DownBlock(3, 8, first=first).eval()  # eval: no power iteration between the two calls
+    block = sngan.DownBlock(3, 8, first=first).eval()  # eval: no power iteration between the two calls
     x = torch.randn(2, 3, 8, 8)
     h = block.conv2(F.leaky_relu(block.conv1(x if first else F.leaky_relu(x, 0.01)), 0.01))
     expected = F.avg_pool2d(h, 2) + F.avg_pool2d(block.shortcut(x), 2)
@@ -123,11 +121,10 @@ def test_down_block_is_the_paper_s_order_of_layers(first):
     assert block.conv1.out_channels == (8 if first else 3)
 
 
-# ---------------------------------------------------------------------------------------- labels in G and in
-# D
+# ---------------------------------------------------------------------- labels in G and in D
 
 def networks(label_embed: str) -> tuple[Generator, Discriminator]:
-    G, D, _ = build(Config(ch=4, image_size=32, z_dim=8, label_embed=label_embed), NULL, torch.device("cpu"))
+    G, D = Generator(NULL, 8, 4, 32), Discriminator(NULL, 4, 32, label_embed)
     randomise_norms(G)
     return G.eval(), D.eval()
 
@@ -162,7 +159,7 @@ def test_null_labels_add_exactly_zero(label_embed):
     h = F.leaky_relu(D.blocks(x)).sum((2, 3))
     assert torch.equal(D(x, nothing), D.linear(h)[:, 0])
     for module in G.modules():
-        if isinstance(module, blocks.SetEmbedding):
+        if isinstance(module, sngan.SetEmbedding):
             assert not module(nothing).any()
             one = torch.tensor([[7, NULL, NULL]])
             assert torch.equal(module(one)[0], module.weight[7])
@@ -170,25 +167,19 @@ def test_null_labels_add_exactly_zero(label_embed):
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_shapes(size):
-    G, D, ema = build(Config(ch=2, image_size=size, z_dim=8), NULL, torch.device("cpu"))
+    G, D = Generator(NULL, 8, 2, size), Discriminator(NULL, 2, size, "linear")
     y = torch.randint(25, (3, 3))
     x = G(torch.randn(3, 8), y)
     assert x.shape == (3, 3, size, size) and x.abs().max() <= 1
     assert D(x, y).shape == (3,)
-    assert not ema.training and not any(p.requires_grad for p in ema.parameters())
 
 
 def test_full_size_has_the_widths_of_the_write_up():
-    G, D, _ = build(Config(), NULL, torch.device("cpu"))
+    G, D = Generator(NULL, 128, 64, 64), Discriminator(NULL, 64, 64, "linear")
     assert G.first.weight.shape == (16 * 64 * 4 * 4, 128)
     assert [b.conv1.weight.shape[:2] for b in G.blocks] == [(512, 1024), (256, 512), (128, 256), (64, 128)]
-    assert [b.conv2.weight.shape[:2] for b in D.blocks] == [
-        (64, 64),
-        (128, 64),
-        (256, 128),
-        (512, 256),
-        (1024, 512),
-    ]
+    widths = [64, 64, 128, 256, 512, 1024]
+    assert [b.conv2.weight.shape[:2] for b in D.blocks] == [(o, i) for i, o in pairwise(widths)]
     assert D.embed.weight.shape == (25, 1024) and D.join.weight.shape == (1024, 3 * 1024)
 
 
@@ -214,8 +205,47 @@ def test_flipped_labels_swap_real_and_fake():
 def test_relativistic_hinge_is_its_formula():
     real, fake = torch.randn(2, 9).unbind(0)
     d_loss = losses.hinge_d(*losses.relativistic(real, fake))
-    expected = (
-        sum(max(0, 1 - (r - fake.mean())) for r in real) / 9
-        + sum(max(0, 1 + f - real.mean()) for f in fake) / 9
-    )
+    expected = (sum(max(0, 1 - (r - fake.mean())) for r in real) / 9
+                + sum(max(0, 1 + f - real.mean()) for f in fake) / 9)
     torch.testing.assert_close(d_loss, expected)
+
+
+# ---------------------------------------------------------------------- the average of G, frozen networks
+
+def test_the_average_is_its_recurrence():
+    G = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    ema, expected = blocks.Average(G, 0.8), {k: v.clone() for k, v in G.state_dict().items()}
+    for step in range(1, 60):
+        with torch.no_grad():
+            G[0].weight.add_(torch.randn(3, 2))
+        G(torch.randn(8, 2))  # moves batch norm's statistics
+        ema.update(step)
+        decay = min(0.8, step / (step + 10))
+        for key, value in G.state_dict().items():
+            expected[key] = decay * expected[key] + (1 - decay) * value if value.is_floating_point() else value
+    for key, value in ema.state_dict().items():
+        torch.testing.assert_close(value, expected[key].to(value.dtype))
+    x = torch.randn(4, 2, requires_grad=True)
+    assert not ema(x).requires_grad and not ema.net.training
+    torch.testing.assert_close(ema(x[:1]), ema(x)[:1])  # evaluation mode: no batch statistics
+
+
+def test_frozen_networks_pass_gradients_but_take_none():
+    D = nn.Linear(3, 1)
+    x = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(ZeroDivisionError), blocks.frozen(D):
+        D(x).sum().backward()
+        assert x.grad is not None and D.weight.grad is None
+        raise ZeroDivisionError
+    D(x).sum().backward()
+    assert D.weight.grad is not None  # thawed, whatever happened
+
+
+def test_dcgan_s_initialisation():
+    net = nn.Sequential(nn.ConvTranspose2d(50, 60, 4), nn.BatchNorm2d(300), nn.Linear(90, 80, bias=False))
+    blocks.init_dcgan(net)
+    for layer in (net[0], net[2]):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert net[1].weight.mean().item() == pytest.approx(1, abs=0.01)
+    assert net[1].weight.std().item() == pytest.approx(0.02, rel=0.3)
+    assert not net[0].bias.any() and not net[1].bias.any()

@@ -1,0 +1,127 @@
+"""Sweeps: which runs they make, that each is made once, and the table of their scores."""
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import sweep
+from common.errors import UserError
+from tests.conftest import TINY, flags
+
+
+def call(monkeypatch, *argv) -> int:
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *argv])
+    return sweep.main()
+
+
+def named(script, items, extra=()):
+    jobs = sweep.combinations(script, items, list(extra), Path("x"))
+    return {job.folder.name: job.flags for job in jobs}
+
+
+def test_each_combination_is_a_run():
+    jobs = named("dcgan_mnist", ["latent_dim=16,100", "net=conv,mlp"], ["--quick"])
+    assert list(jobs) == ["latent_dim=16,net=conv", "latent_dim=16,net=mlp", "latent_dim=100,net=conv",
+                          "latent_dim=100,net=mlp"]
+    assert jobs["latent_dim=16,net=mlp"] == ["--quick", "--latent-dim=16", "--net=mlp"]
+    jobs = named("sngan_iclevr", ["add_noise=true,false"])
+    assert list(jobs.values()) == [["--add-noise"], ["--no-add-noise"]]
+
+
+def test_variants_are_the_script_s_own():
+    jobs = named("acgan_celeba", ["variants", "seed=0,1"])
+    assert len(jobs) == 12 and jobs["gp-sn-projection-maps,seed=1"] == [
+        "--d-norm=spectral", "--d-cond=projection", "--seed=1"]
+    assert jobs["gp-bn-concat-maps,seed=0"] == ["--seed=0"]
+
+
+@pytest.mark.parametrize("script, items, extra, message", [
+    ("dcgan_mnist", ["variants"], [], "give a field of dcgan_mnist.py"),
+    ("acgan_celeba", ["size=1"], [], "or the word variants"),
+    ("dcgan_mnist", ["lr_g"], [], "as FIELD=V1,V2"), ("dcgan_mnist", ["out=a,b"], [], "give a field"),
+    ("dcgan_mnist", ["lr_g=1", "lr_g=2"], [], "set each field once"),
+    ("acgan_celeba", ["variants"], ["--d-norm", "spectral"], "set each field once"),
+    ("acgan_celeba", ["variants", "loss=bce"], [], "set each field once"),
+    ("sngan_iclevr", ["add_noise=false"], ["--no-add-noise"], "set each field once"),
+    ("sngan_iclevr", ["add_noise=maybe"], [], "to values it takes"),
+])
+def test_refused_sweeps(script, items, extra, message):
+    with pytest.raises(UserError, match=message) as error:
+        named(script, items, extra)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["dcgan_mnist.py", "lr_g=1,x"], "invalid float value"), (["dcgan_mnist.py", "iters=2,0"], "--iters 0"),
+    (["evaluator.py", "seed=1"], "not a script of this collection"), (["dcgan_mnist.py"], "required"),
+    (["dcgan_mnist.py", "seed=1", "--jobs", "0"], "--jobs must be at least 1"),
+])
+def test_bad_command_lines_make_nothing(tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        call(monkeypatch, *argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_makes_its_runs_once_and_ends_in_a_table(here, monkeypatch, capsys):
+    tiny = flags(TINY["dcgan_mnist"] | dict(iters=4, sample_every=0))
+    assert call(monkeypatch, "dcgan_mnist.py", "seed=0,1", "--out", "x", "--jobs", "2", "--", *tiny) == 0
+    output = capsys.readouterr().out
+    assert "seed=0: done" in output and "seed=1: done" in output
+    table = (here / "x" / "sweep.csv").read_text(encoding="utf-8").splitlines()
+    assert table[0] == 'run,FD (judge),TV,"s / 1,000 its"' and len(table) == 4
+    assert [line.split(",")[0] for line in table[1:]] == ["seed=0", "seed=1", "all: 2 seeds"]
+    made = {path: path.stat().st_mtime_ns for path in (here / "x").glob("*/last.pt")}
+    call(monkeypatch, "dcgan_mnist.py", "seed=0,1", "--out", "x", "--", *tiny)
+    assert "done" not in capsys.readouterr().out  # both were finished
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    (here / "x" / "seed=1" / "scores.json").unlink()  # this one was not
+    call(monkeypatch, "dcgan_mnist.py", "seed=0,1", "--out", "x", "--", *tiny)
+    assert capsys.readouterr().out.count("done") == 1
+    call(monkeypatch, "dcgan_mnist.py", "seed=0", "--out", "x", "--", *tiny, "--iters", "6")  # longer
+    assert json.loads((here / "x" / "seed=0" / "config.json").read_text())["config"]["iters"] == 6
+    with pytest.raises(UserError, match="--lr-g is 0.0002 there, 0.5 here"):
+        call(monkeypatch, "dcgan_mnist.py", "seed=0", "--out", "x", "--", *tiny, "--lr-g", "0.5")
+
+
+def test_a_run_that_diverges_is_listed_and_the_others_continue(here, monkeypatch, capsys):
+    tiny = flags(TINY["sngan_iclevr"] | dict(iters=4, sample_every=0, judge="none"))
+    assert call(monkeypatch, "sngan_iclevr.py", "lr_g=1e30,1e-4", "--out", "x", "--", *tiny) == 3
+    output = capsys.readouterr().out
+    assert "lr_g=1e30: diverged" in output and "lr_g=1e-4: done" in output
+    assert (here / "x" / "lr_g=1e30" / sweep.DIVERGED).read_text().startswith("error: ")
+
+
+def test_a_run_that_fails_ends_the_sweep(here, monkeypatch):
+    with pytest.raises(UserError, match="ended with status 2: .*no images/"):
+        (here / "empty").mkdir()
+        monkeypatch.setattr(sweep.Job, "command", lambda job: [
+            sys.executable, "-c", "import sys; print('error: no images/'); sys.exit(2)"])
+        call(monkeypatch, "sngan_iclevr.py", "seed=0,1", "--out", "x")
+
+
+def job_with(folder, summary, seconds=((2, 1.0), (4, 2.0))):
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("step,seconds,d_loss\n" + "".join(f"{i},{s},0\n" for i, s in seconds))
+    (folder / "scores.json").write_text(json.dumps({"summary": summary}))
+    return sweep.Job("dcgan_mnist", folder, [])
+
+
+def test_means_over_seeds(tmp_path):
+    values = {"lr=1": (1, 2, 6), "lr=10": (10, 20, 60)}
+    jobs = [job_with(tmp_path / f"{key},seed={i}", {"accuracy": [v, 9.0]})
+            for key, vs in values.items() for i, v in enumerate(vs)]
+    lines = sweep.table(jobs)
+    assert len(lines) == 1 + 6 + 2
+    assert [line[:2] for line in lines[-2:]] == [["lr=1: 3 seeds", "3 ± 2.6"], ["lr=10: 3 seeds", "30 ± 26"]]
+    assert lines[1] == ["lr=1,seed=0", "1 ± 9", "500"]
+
+
+def test_seconds_per_iteration_leave_out_what_is_rare(tmp_path):
+    job = job_with(tmp_path / "r", {}, ((10, 2), (20, 4), (30, 11), (40, 13), (50, 15)))
+    path = job.folder / "metrics.csv"
+    assert sweep.seconds_per_iteration(path) == pytest.approx(0.2)
+    path.write_text("step,seconds\n")
+    assert math.isnan(sweep.seconds_per_iteration(path))
