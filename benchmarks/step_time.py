@@ -4,9 +4,9 @@
 
 "script" runs sngan_iclevr.main itself. "plain" is the common way to write it: a DataLoader of two workers
 that decodes PNGs, D called once for real and once for fake images, spectral norm in every forward pass, Adam
-with its defaults, losses read back each step. Both train on the same synthetic images. Each round runs both, each
-in a process of its own; the medians over the rounds, and of the rounds' ratios, are printed and, with --json FILE,
-written.
+with its defaults, losses read back each step. Both train on the same synthetic images. Each round runs both,
+each in a process of its own; the medians over the rounds, and of the rounds' ratios, are printed and, with
+--json FILE, written.
 """
 import argparse
 import contextlib

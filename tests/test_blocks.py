@@ -32,7 +32,8 @@ def randomise_norms(net: nn.Module) -> None:
 
 def test_spectral_norm_reaches_one_on_every_layer_of_d_but_the_joining_one():
     D = Discriminator(NULL, 4, 32, "linear")
-    weighted = {name: m for name, m in D.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))}
+    kinds = (nn.Conv2d, nn.Linear, nn.Embedding)
+    weighted = {name: m for name, m in D.named_modules() if isinstance(m, kinds)}
     assert len(weighted) == 3 * 4 + 3  # four blocks of three convolutions; linear, embed, join
     for _ in range(60):
         with blocks.normed_once(D):
@@ -222,7 +223,8 @@ def test_the_average_is_its_recurrence():
         ema.update(step)
         decay = min(0.8, step / (step + 10))
         for key, value in G.state_dict().items():
-            expected[key] = decay * expected[key] + (1 - decay) * value if value.is_floating_point() else value
+            average = decay * expected[key] + (1 - decay) * value
+            expected[key] = average if value.is_floating_point() else value
     for key, value in ema.state_dict().items():
         torch.testing.assert_close(value, expected[key].to(value.dtype))
     x = torch.randn(4, 2, requires_grad=True)

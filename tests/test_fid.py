@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from scipy import linalg
 
-from benchmarks.fid import random_weights
+from benchmarks import fid as fids
+from benchmarks.fid_speed import random_weights
 from common import fid
-from common.run import UserError, entry
+from common.errors import UserError, exit_status
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def measured(net, folders):
     both = []
     for folder in folders:
         both.append(fid.Moments())
-        for batch in fid.features(net, fid.read_images(fid.list_images(folder), 50)):
+        for batch in fid.features(net, fids.read_images(fids.list_images(folder), 50)):
             both[-1].update(batch)
     return both
 
@@ -117,7 +118,7 @@ def test_floats_are_rounded_to_the_bytes_of_a_file():
 
 def test_folders_and_statistics_interchange_with_pytorch_fid(measured, reference, theirs, folders, tmp_path):
     stats = [reference.compute_statistics_of_path(str(f), theirs, 4, 2048, "cpu", 0) for f in folders]
-    for moments, (mu, sigma) in zip(measured, stats):
+    for moments, (mu, sigma) in zip(measured, stats, strict=True):
         np.testing.assert_allclose(moments.mean, mu, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(moments.covariance, sigma, rtol=1e-3, atol=1e-5 * sigma.max())
     # sqrtm of 2048×2048 matrices of rank 4 and 3 is slow and rough; two of their features have full rank
@@ -129,12 +130,13 @@ def test_folders_and_statistics_interchange_with_pytorch_fid(measured, reference
     assert distance(*measured) == pytest.approx(fid.frechet_distance(*stats[0], *stats[1]), rel=1e-3)
 
     a, grey = measured
-    a.save(tmp_path / "ours.npz")
+    ours = fids.Statistics(a.mean.numpy(), a.covariance.numpy(), a.count)
+    ours.save(tmp_path / "ours.npz")
     mu, sigma = reference.compute_statistics_of_path(str(tmp_path / "ours.npz"), None, 1, 2048, "cpu")
     assert np.array_equal(mu, a.mean) and np.array_equal(sigma, a.covariance)
     reference.save_fid_stats([str(folders[1]), str(tmp_path / "theirs.npz")], 4, "cpu", 2048, 0)
-    loaded = fid.Moments.load(tmp_path / "theirs.npz")
-    assert loaded.count is None and fid.Moments.load(tmp_path / "ours.npz").count == 5
+    loaded = fids.Statistics.load(tmp_path / "theirs.npz")
+    assert loaded.count is None and fids.Statistics.load(tmp_path / "ours.npz").count == 5
     assert distance(a, loaded) == pytest.approx(distance(a, grey), rel=1e-3)
 
 
@@ -153,7 +155,7 @@ def test_moments_are_those_of_numpy_however_the_batches_fall():
     moments = fid.Moments()
     moments.update(torch.ones(1, 6))
     with pytest.raises(UserError, match="at least 2 images"):
-        moments.covariance
+        _ = moments.covariance
     with pytest.raises(UserError, match="after 1 good images"):
         moments.update(torch.tensor([[0.0] * 6, [float("inf")] * 6]))
 
@@ -188,8 +190,8 @@ def test_what_has_no_distance():
     mu, eye = np.zeros(2), np.eye(2)
     for other, message in (((np.full(2, np.nan), eye), "NaN"),
                            ((np.zeros(3), np.eye(3)), "2 and 3 dimensions"),
-                           ((mu, np.array([[1, 2], [2, 1]])), "no covariance"),
-                           ((mu, np.array([[1, 0], [0.5, 1]])), "no covariance")):
+                           ((mu, np.array([[1, 2], [2, 1]])), "not a covariance"),
+                           ((mu, np.array([[1, 0], [0.5, 1]])), "not a covariance")):
         with pytest.raises(UserError, match=message):
             fid.frechet_distance(mu, eye, *other)
 
@@ -206,12 +208,12 @@ def test_kid_is_the_unbiased_estimate():
     a[:] = a[0]
     expected = k(a[0], a[0]) + sum(k(b[i], b[j]) for i in range(9) for j in range(9) if i != j) / 72 \
         - 2 * sum(k(a[0], q) for q in b) / 9
-    mean, std = fid.kid(torch.from_numpy(a), y, subsets=3)
+    mean, std = fids.kid(torch.from_numpy(a), y, subsets=3)
     assert mean == pytest.approx(expected, rel=1e-12) and std < 1e-9
-    assert fid.kid(x, y, 20, 5, seed=1) == fid.kid(x, y, 20, 5, seed=1) != fid.kid(x, y, 20, 5, seed=2)
+    assert fids.kid(x, y, 20, 5, seed=1) == fids.kid(x, y, 20, 5, seed=1) != fids.kid(x, y, 20, 5, seed=2)
     # unbiased: the mean over many subsets is the estimate from all
-    everything = fid.kid(x[:9], y, 1)[0]
-    assert fid.kid(x[:9], y, 4000, 4)[0] == pytest.approx(everything, abs=0.15)
+    everything = fids.kid(x[:9], y, 1)[0]
+    assert fids.kid(x[:9], y, 4000, 4)[0] == pytest.approx(everything, abs=0.15)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -221,19 +223,21 @@ def test_precision_and_recall_as_counted_one_by_one():
 
     def share(points, by):
         radii = [sorted((q - o).norm() for o in by)[3] for q in by]
-        return sum(any((p - q).norm() <= r for q, r in zip(by, radii)) for p in points) / len(points)
+        pairs = list(zip(by, radii, strict=True))
+        return sum(any((p - q).norm() <= r for q, r in pairs) for p in points) / len(points)
 
     expected = share(fake[:60], real), share(real, fake[:60])
-    assert fid.precision_recall(real, fake[:60]) == pytest.approx(expected) and 0.1 < min(expected) < 0.95
-    assert fid.precision_recall(real, real) == fid.precision_recall(fake, fake) == (1, 1)
-    assert fid.precision_recall(real, fake + 100) == (0, 0)
+    assert fids.precision_recall(real, fake[:60]) == pytest.approx(expected)
+    assert 0.1 < min(expected) < 0.95
+    assert fids.precision_recall(real, real) == fids.precision_recall(fake, fake) == (1, 1)
+    assert fids.precision_recall(real, fake + 100) == (0, 0)
     copies = torch.rand(30, 2048, generator=g).repeat(4, 1)
     shuffled = copies[torch.randperm(120, generator=g)]
-    assert fid.precision_recall(copies, shuffled) == (1, 1)
-    among = fid._squared_distances(copies.double(), shuffled.double())
+    assert fids.precision_recall(copies, shuffled) == (1, 1)
+    among = fids._squared_distances(copies.double(), shuffled.double())
     assert (among == 0).sum() == 30 * 4 * 4  # free of rounding noise: all radii are zero here
     with pytest.raises(UserError, match="more than k = 3"):
-        fid.precision_recall(real, fake[:3])
+        fids.precision_recall(real, fake[:3])
 
 
 # ---------------------------------------------------------------------- command line
@@ -248,7 +252,7 @@ def weights(state, tmp_path_factory):
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys, weights):
-    """Runs `python -m common.fid` in this process, offline, taking the random weights for the real ones."""
+    """Runs benchmarks/fid.py in this process, offline, taking the random weights for the real ones."""
     def unplugged(*_, **__):
         raise URLError("unplugged")
 
@@ -259,9 +263,7 @@ def call(tmp_path, monkeypatch, capsys, weights):
         monkeypatch.setattr(fid, "SHA256", weights[1])
         monkeypatch.setattr(sys, "argv", ["fid", "--device", "cpu", *map(str, argv)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            entry(fid.main)
-        return left.value.code, *capsys.readouterr()
+        return exit_status(fids.main), *capsys.readouterr()
 
     return run
 
@@ -290,7 +292,7 @@ def test_the_command_line(call, folders, measured, weights):
 
 def test_bad_folders(refuses, folders, weights, tmp_path):
     a = folders[0]
-    refuses("nowhere", a, message="nowhere: there is no such folder")
+    refuses("nowhere", a, message="nowhere: no such folder")
     (tmp_path / "empty").mkdir()
     refuses(a, "empty", message="empty has no images, at least 2")
     one = pictures(tmp_path / "one", 1, 0)
@@ -311,7 +313,7 @@ def test_bad_statistics(refuses, folders, tmp_path):
                             ("NaN or infinite", {"mu": np.zeros(3), "sigma": eye * np.nan}),
                             ("should hold mu [D]", {"mu": np.zeros(3), "sigma": np.eye(4)}),
                             ("3 and 4 dimensions", {"mu": np.zeros(4), "sigma": np.eye(4)}),
-                            ("no covariance", {"mu": np.zeros(3), "sigma": -eye}),
+                            ("not a covariance", {"mu": np.zeros(3), "sigma": -eye}),
                             ("can't be read as .npz", {"mu": np.array(["x"] * 3), "sigma": eye})):
         np.savez(tmp_path / "bad.npz", **arrays)
         refuses("good.npz", "bad.npz", message=message)
@@ -326,7 +328,7 @@ def test_bad_statistics(refuses, folders, tmp_path):
 def test_bad_weights(refuses, folders, weights, tmp_path):
     (tmp_path / "cut.pth").write_bytes(weights[0].read_bytes()[:-9])
     refuses(*folders, "--fid-weights", "cut.pth", message="cut.pth is not the FID Inception network")
-    refuses(*folders, "--fid-weights", "missing.pth", message="missing.pth can't be read (No such file")
+    refuses(*folders, "--fid-weights", "missing.pth", message="missing.pth can't be read (FileNotFoundError")
     refuses(*folders, message="could not be fetched (<urlopen error unplugged>): get https://")
     (tmp_path / "hub" / "checkpoints" / fid.URL.rsplit("/", 1)[1]).write_bytes(b"something else")
     refuses(*folders, message="is not the FID Inception network")
@@ -335,9 +337,9 @@ def test_bad_weights(refuses, folders, weights, tmp_path):
 def test_bad_options(refuses, folders, tmp_path):
     a = folders[0]
     (tmp_path / "taken.npz").write_bytes(b"")
-    refuses("--save-stats", a, "taken.npz", message="exists already and is not written over")
-    refuses("--save-stats", a, "no/where.npz", message="is in no folder that exists")
+    refuses("--save-stats", a, "taken.npz", message="exists and is not overwritten")
+    refuses("--save-stats", a, "no/where.npz", message="is not in an existing folder")
     refuses("--save-stats", *folders, message="takes a folder of images and the .npz to write")
     refuses(*folders, "--batch-size", "0", message="--batch-size 0: must be at least 1")
     refuses(*folders, "--batch", "3", message="unrecognized arguments: --batch 3 (see --help)")
-    refuses(*folders, "--device", "cuda:99", message="cuda:99 can't be used")
+    refuses(*folders, "--device", "cuda:99", message="cuda:99 is not available")

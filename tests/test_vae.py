@@ -1,5 +1,4 @@
-"""VAE on faces: its loss against torch.distributions, and the script as a user runs it."""
-import csv
+"""VAE on faces: its loss against torch.distributions, its reconstructions, and arithmetic with attributes."""
 import json
 
 import pytest
@@ -8,14 +7,10 @@ from PIL import Image
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+import evaluator
 import vae_celeba
-from common.datasets import Faces, load_faces
-from tests.conftest import CountReads, cut_off_and_resumed, main, script
-
-SCRIPT = vae_celeba  # what `refuses` runs
-FIELDS = dict(data="drawn", n_drawn=300, image_size=32, ch=1, z_dim=4, batch_size=8, judge_width=8,
-              judge_steps=4, eval_images=20, eval_draws=2, log_every=2, device="cpu")
-TINY = [text for name, value in FIELDS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+from common.datasets import Data, load_faces
+from tests.conftest import rows_of, run_here, settings
 
 
 def test_the_networks_are_all_convolutional():
@@ -36,67 +31,44 @@ def test_kl_is_that_of_torch_distributions():
     assert not vae_celeba.kl_divergence(torch.zeros(3, 4), torch.zeros(3, 4)).any()
 
 
-@pytest.fixture(scope="module")
-def finished(workdir):
-    done = script("vae_celeba.py", *TINY, "--iters", "9", "--out", "runs/vae", "--sample-every", "1",
-                  "--eval-every", "4", "--save-every", "4", cwd=workdir)
-    assert done.returncode == 0, done.stderr
-    return workdir / "runs" / "vae", done.stdout
+def test_the_loss_is_its_parts_per_pixel_value():
+    torch.manual_seed(0)
+    vae, x = vae_celeba.VAE(4, 1, 32), torch.rand(8, 3, 32, 32)
+    opt = torch.optim.Adam(vae.parameters(), 1e-3)
+    found = vae_celeba.vae_step(vae, opt, x, kl_weight=0.5)
+    assert found["loss"].item() == pytest.approx((found["mse"] + 0.5 * found["kl"] / (3 * 32 * 32)).item())
+    assert all(p.grad is not None for p in vae.parameters())
 
 
-def test_a_run_leaves_everything(finished):
-    folder, told = finished
-    rows = list(csv.DictReader(open(folder / "metrics.csv")))
-    assert list(rows[0]) == ["step", "seconds", "loss", "mse", "kl", "fd_judge"]
-    assert [r["step"] for r in rows if r["loss"]] == ["2", "4", "6", "8", "9"]
-    assert [r["step"] for r in rows if r["fd_judge"]] == ["4", "8", "9"]
-    for row in rows:
-        if row["loss"]:  # both parts per pixel value
-            expected = float(row["mse"]) + float(row["kl"]) / (3 * 32 * 32)
-            assert float(row["loss"]) == pytest.approx(expected, rel=1e-4)
-    for name in ("samples", "reconstructions", "interpolation", "arithmetic"):
-        assert (folder / f"{name}.png").stat().st_size > 0, name
-    with Image.open(folder / "samples.png") as s, Image.open(folder / "reconstructions.png") as r:
-        assert s.width == 4 * 66 + 2 and s.height > 4 * 66 and r.width == 8 * 66 + 2
-    with Image.open(folder / "interpolation.png") as i, Image.open(folder / "arithmetic.png") as a:
-        assert i.width == 10 * 66 + 2 and a.height > 15 * 66
-    with Image.open(folder / "progress.gif") as gif:
-        assert gif.n_frames == 9
-    scores = json.loads((folder / "scores.json").read_text())
-    assert scores["data"] == "drawn faces" and scores["n_real"] == 30
-    assert list(scores["summary"]) == ["FD (judge)", "FD of reconstructions", "MSE", "attribute added"]
-    for part in ("held-out accuracy", "white hair", "best.pt"):
-        assert part in told
-    assert "FID: not measured" in told and told.count("FID") == 1  # and nothing else goes by that name
+@pytest.fixture
+def finished(here):
+    """A run's folder, its network as best.pt has it, and its data."""
+    folder = run_here("vae_celeba", iters=6, eval_every=3)
+    vae, data = vae_celeba.VAE(4, 1, 32), load_faces(settings(n_synthetic=300))
+    vae.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["vae"])
+    return folder, vae.eval().requires_grad_(False), data
 
 
-def test_reconstructions_are_scored_as_they_are(finished, workdir, monkeypatch):
-    folder, _ = finished
-    monkeypatch.chdir(workdir)
-    cfg = vae_celeba.Config(**FIELDS)
-    data = load_faces("drawn", 32, n_drawn=300)
-    vae, _ = vae_celeba.load(cfg, folder, "best.pt", torch.device("cpu"))
+def test_scores_and_directions_are_of_the_checkpoint(finished):
+    folder, vae, data = finished
+    assert {"loss", "mse", "kl"} < rows_of(folder)[0].keys()
     x = data.test_images / 127.5 - 1
     mean, log_variance = vae.encode(x)
     best = json.loads((folder / "scores.json").read_text())["best"]
-    assert best["MSE"][0] == pytest.approx((vae.decoder(mean) - x).square().mean().item(), rel=1e-4)
+    mse = (vae.decoder(mean) - x).square().mean().item()
+    assert best["MSE"][0] == pytest.approx(mse, rel=1e-4)
+    torch.testing.assert_close(vae.reconstruct(x), vae.decoder(mean))
     kl = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).sum(1).mean()
     assert best["KL, nats"][0] == pytest.approx(kl.item(), rel=1e-4)
-
-
-def test_directions_are_differences_of_mean_latents(finished, workdir, monkeypatch):
-    monkeypatch.chdir(workdir)
-    cfg = vae_celeba.Config(**FIELDS)
-    data = load_faces("drawn", 32, n_drawn=300)
-    vae, _ = vae_celeba.load(cfg, finished[0], "last.pt", torch.device("cpu"))
-    z = vae.encode(data.images / 127.5 - 1)[0]
-    blue = data.labels[:, 4] == 1
+    z, blue = vae.encode(data.images / 127.5 - 1)[0], data.labels[:, 4] == 1
     torch.testing.assert_close(vae_celeba.directions(vae, data)[4], z[blue].mean(0) - z[~blue].mean(0),
                                atol=1e-5, rtol=1e-4)
+    with Image.open(folder / "interpolation.png") as i, Image.open(folder / "arithmetic.png") as a:
+        assert i.width == 10 * 66 + 2 and a.height > 15 * 66 and a.width > 8 * 66 + 50  # labels on the left
 
 
 class Plain(nn.Module):
-    """A VAE whose latent is an image's mean, and a judge that sees attribute 0 in images brighter than 0."""
+    """A VAE whose latent is an image's mean, and a judge that finds attribute 0 in images brighter than 0."""
     size = 8
 
     def __init__(self):
@@ -119,56 +91,19 @@ def test_what_adding_an_attribute_does_is_counted():
     images = levels[:, None, None, None].expand(-1, 3, 8, 8).byte()
     labels = torch.tensor([[0, 1], [1, 1], [0, 1], [1, 1]])
     test = torch.tensor([0, 20, 110, 140]).view(4, 1, 1, 1).expand(-1, 3, 8, 8).byte()
-    data = Faces("", images, labels, test, torch.tensor([[0, 1]] * 4), ("bright", "all"), (), "")
+    data = Data("", "faces", "", images, labels.float(), ("bright", "all"), "", test, torch.tensor([[0., 1]] * 4))
     net = Plain()
-    shares = vae_celeba.add_attributes(net, data, vae_celeba.evaluator.Judge(net, "", None))
+    judge = evaluator.Judge(net, evaluator.KINDS["faces"], "", None)
+    shares = vae_celeba.add_attributes(net, data, judge)
     assert shares == {"bright": (0.25, 1.0)}  # all have the other: none lack it
-    data.labels = labels.flip(1)  # nothing to tell "all" by now, and every training image is "bright"
-    found = vae_celeba.add_attributes(net, data, vae_celeba.evaluator.Judge(net, "", None))
+    data.labels = labels.float().flip(1)  # nothing to tell "all" by now, and every training image is "bright"
+    found = vae_celeba.add_attributes(net, data, judge)
     assert found == {"bright": (0.25, 0.25)}
 
 
-def test_sample_and_eval_read_a_run(finished, workdir, monkeypatch):
-    monkeypatch.chdir(workdir)
-    folder, _ = finished
-    before = json.loads((folder / "scores.json").read_text())
-    (folder / "scores.json").unlink()
-    main(vae_celeba, "--eval", "runs/vae")
-    after = json.loads((folder / "scores.json").read_text())
-    assert after["best"]["FD (judge)"] == pytest.approx(before["best"]["FD (judge)"], rel=1e-4)
-    (folder / "arithmetic.png").unlink()
-    main(vae_celeba, "--sample", "runs/vae")
-    assert (folder / "arithmetic.png").exists()
-
-
-def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(workdir, finished, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(workdir / "data")  # faces and judge
-    cut_off_and_resumed(vae_celeba, at=8, iters=12, sample_every=5, eval_every=4, save_every=3, **FIELDS)
-
-
-def test_an_iteration_reads_nothing_back(workdir, finished, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(workdir / "data")
-    counts = []
-    for iters in (2, 5):
-        fields = {**FIELDS, "iters": iters, "judge": "none", "log_every": 100, "kl_weight": 0.1}
-        with CountReads() as mode:
-            assert vae_celeba.train(vae_celeba.Config(**fields)) == 0
-        counts.append(mode.reads)
-    assert counts[0] == counts[1] > 0
-
-
 def test_bad_values(refuses):
-    refuses("--z-dim", "0", message="--z-dim 0: must be at least 1")
-    refuses("--kl-weight", "-1", message="--kl-weight -1.0: must be at least 0")
-    refuses("--data", "nowhere", message="there is no list_attr_celeba.txt or cartoon_attr.txt in it")
-    refuses("--data", "drawn", "--n-drawn", "30", "--batch-size", "31", message="more than the 27 training")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_short_run_on_cuda(tmp_path):
-    args = [a for a in TINY if a not in ("--device", "cpu")]
-    done = script("vae_celeba.py", *args, "--iters", "4", "--device", "cuda", "--precision", "bf16",
-                  "--fid-weights", "none", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    refuses("vae_celeba", "--z-dim", "0", message="--z-dim 0: must be at least 1")
+    refuses("vae_celeba", "--kl-weight", "-1", message="--kl-weight -1.0: must be at least 0")
+    refuses("vae_celeba", "--data", "nowhere", message="no list_attr_celeba.txt or cartoon_attr.txt")
+    refuses("vae_celeba", "--data", "synthetic", "--n-synthetic", "30", "--batch-size", "31", "--image-size", "32",
+            message="more than the 27 training")

@@ -1,30 +1,31 @@
-"""The drawn scenes, digits and faces: what they are said to show is what they show."""
+"""The synthetic scenes, digits and faces show what their labels and factors say."""
 import math
 
 import pytest
+import scipy
 import torch
 
-from common import worlds
+from synthetic import digits, faces, scenes
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    return worlds.scenes(30, 64, seed=3)
+def rendered():
+    return scenes.render(30, 64, seed=3)
 
 
-def test_one_seed_gives_the_same_pixels_for_any_batch_size(drawn):
-    again = worlds.scenes(30, 64, seed=3, batch=7)
-    for a, b in zip(drawn, again):
+def test_one_seed_gives_the_same_pixels_for_any_batch_size(rendered):
+    again = scenes.render(30, 64, seed=3, batch=7)
+    for a, b in zip(rendered, again, strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(worlds.scenes(30, 64, seed=4)[0], drawn[0])
+    assert not torch.equal(scenes.render(30, 64, seed=4)[0], rendered[0])
 
 
-def test_frames_are_nested_and_labels_padded(drawn):
-    images, labels, scene = drawn
+def test_frames_are_nested_and_labels_padded(rendered):
+    images, labels, scene = rendered
     assert images.dtype == torch.uint8 and images.shape == (90, 3, 64, 64)
     assert scene.tolist() == [i // 3 for i in range(90)]
     for i in range(30):
-        sets = [set(row.tolist()) - {worlds.NULL} for row in labels[3 * i:3 * i + 3]]
+        sets = [set(row.tolist()) - {scenes.NULL} for row in labels[3 * i:3 * i + 3]]
         assert [len(s) for s in sets] == [1, 2, 3] and sets[0] < sets[1] < sets[2]
         frames = images[3 * i:3 * i + 3].int()
         changed = (frames[1:] != frames[:-1]).any(1).float().mean((1, 2))
@@ -33,28 +34,27 @@ def test_frames_are_nested_and_labels_padded(drawn):
 
 
 def test_objects_do_not_overlap():
-    f = worlds._draw_factors(400, 0)
+    f = scenes._sample_factors(400, 0)
     shape = f["object"] // 8
     # footprints: a disc for round things, the disc around it for a cube
-    radius = torch.tensor(
-        [worlds.SIZE["cube"] * math.sqrt(2), worlds.SIZE["sphere"], worlds.SIZE["cylinder"]]
-    )[shape]
+    size = scenes.SIZE
+    radius = torch.tensor([size["cube"] * math.sqrt(2), size["sphere"], size["cylinder"]])[shape]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         apart = (f["place"][:, a] - f["place"][:, b]).norm(dim=1)
-        assert (apart >= radius[:, a] + radius[:, b] + worlds.GAP - 1e-5).all()
+        assert (apart >= radius[:, a] + radius[:, b] + scenes.GAP - 1e-5).all()
     assert (f["object"].sort(1).values.diff(dim=1) > 0).all()  # no object twice
     assert f["object"].flatten().bincount(minlength=24).min() > 20
 
 
 def test_classes_are_in_i_clevr_s_order():
-    assert worlds.OBJECTS[0] == "gray cube" and worlds.OBJECTS[9] == "red sphere"
-    assert worlds.OBJECTS[23] == "yellow cylinder" and len(worlds.OBJECTS) == worlds.NULL == 24
+    assert scenes.OBJECTS[0] == "gray cube" and scenes.OBJECTS[9] == "red sphere"
+    assert scenes.OBJECTS[23] == "yellow cylinder" and len(scenes.OBJECTS) == scenes.NULL == 24
 
 
 def test_objects_have_their_colour():
-    images, labels, _ = worlds.scenes(200, 64, seed=5)
+    images, labels, _ = scenes.render(200, 64, seed=5)
     middle = images[0::3, :, 25:31, 30:34].float().mean((2, 3))  # the first object stands there
-    named = torch.tensor(list(worlds.COLOURS.values())).float()
+    named = torch.tensor(list(scenes.COLOURS.values())).float()
 
     def hue(rgb):  # direction away from grey
         return torch.nn.functional.normalize(rgb - rgb.mean(-1, keepdim=True), dim=-1)
@@ -66,20 +66,20 @@ def test_objects_have_their_colour():
     assert (grey.amax(1) - grey.amin(1)).max() < 12
 
 
-@pytest.mark.parametrize("shape", worlds.SHAPES)
+@pytest.mark.parametrize("shape", scenes.SHAPES)
 def test_intersection_lies_on_the_surface(shape):
     g = torch.Generator().manual_seed(0)
     o = torch.nn.functional.normalize(torch.randn(2000, 3, generator=g), dim=1) * 5
     d = torch.randn(2000, 3, generator=g) * 0.4 - o
-    t, hit, normal = worlds._intersect(shape, o, d)
-    p, r = (o + t[:, None] * d)[hit], worlds.SIZE[shape]
+    t, hit, normal = scenes._intersect(shape, o, d)
+    p, r = (o + t[:, None] * d)[hit], scenes.SIZE[shape]
     assert 0.2 < hit.float().mean() < 1
     if shape == "sphere":
         surface = p.norm(dim=1) - r
     elif shape == "cube":
         surface = p.abs().amax(1) - r
     else:
-        surface = torch.maximum(p[:, :2].norm(dim=1) - r, p[:, 2].abs() - worlds.CYLINDER_HALF_HEIGHT)
+        surface = torch.maximum(p[:, :2].norm(dim=1) - r, p[:, 2].abs() - scenes.CYLINDER_HALF_HEIGHT)
     assert surface.abs().max() < 1e-4
     assert ((normal[hit] * d[hit]).sum(1) < 0).all()  # faces the viewer
     torch.testing.assert_close(normal[hit].norm(dim=1), torch.ones(len(p)), atol=1e-4, rtol=0)
@@ -87,7 +87,7 @@ def test_intersection_lies_on_the_surface(shape):
 
 @pytest.fixture(scope="module")
 def written():
-    images, labels, factors = worlds.digits(3000, seed=3)
+    images, labels, factors = digits.render(3000, seed=3)
     return images, labels, factors
 
 
@@ -109,14 +109,14 @@ def test_digits_have_the_shapes_and_ranges_said(written):
     assert images.amax((1, 2, 3)).min() > 200  # no stroke is too thin to be white
 
 
-def test_one_seed_writes_the_same_digits_for_any_batch_size(written):
+def test_one_seed_renders_the_same_digits_for_any_batch_size(written):
     state = torch.get_rng_state()
-    first = worlds.digits(100, seed=3)
+    first = digits.render(100, seed=3)
     assert torch.equal(state, torch.get_rng_state())
-    again = worlds.digits(100, seed=3, batch=7)
+    again = digits.render(100, seed=3, batch=7)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert all(torch.equal(first[2][name], again[2][name]) for name in first[2])
-    other = worlds.digits(100, seed=4)
+    other = digits.render(100, seed=4)
     assert not torch.equal(other[0], first[0]) and not torch.equal(other[1], first[1])
 
 
@@ -132,7 +132,7 @@ def test_digits_look_like_mnist_s(written):
     assert x[:, border].max() == 0
 
 
-def test_a_digit_s_factors_are_seen_in_it(written):
+def test_a_digit_s_factors_show_in_it(written):
     images, labels, factors = written
     x = images[:, 0].double() / 255
     at = torch.arange(28).double()
@@ -156,7 +156,7 @@ def test_a_digit_s_factors_are_seen_in_it(written):
 
 
 def test_digits_are_the_same_at_any_image_size():
-    half, full = (worlds.digits(60, size, seed=5)[0].float() for size in (32, 64))
+    half, full = (digits.render(60, size, seed=5)[0].float() for size in (32, 64))
     assert half.shape[2:] == (32, 32) and full.shape[2:] == (64, 64)
     # only the edges differ, which are as many pixels wide in either
     assert (torch.nn.functional.avg_pool2d(full, 2) - half).abs().mean() < 2.5 < half.mean() / 10
@@ -171,12 +171,12 @@ def test_digits_can_be_told_apart(written):
 
 @pytest.fixture(scope="module")
 def portraits():
-    return worlds.faces(1440, 32, seed=3)
+    return faces.render(1440, 32, seed=3)
 
 
 def groups(labels):
-    sizes = [len(names) for names in worlds.FACE_GROUPS.values()]
-    return dict(zip(worlds.FACE_GROUPS, labels.split(sizes, 1)))
+    sizes = [len(names) for names in faces.FACE_GROUPS.values()]
+    return dict(zip(faces.FACE_GROUPS, labels.split(sizes, 1), strict=True))
 
 
 def fitted(x, y):
@@ -190,17 +190,17 @@ def test_faces_have_the_shapes_and_names_said(portraits):
     images, labels = portraits
     assert images.dtype == torch.uint8 and images.shape == (1440, 3, 32, 32)
     assert labels.dtype == torch.int64 and labels.shape == (1440, 15)
-    assert [len(names) for names in worlds.FACE_GROUPS.values()] == [6, 4, 3, 2]
-    assert list(worlds.FACE_GROUPS) == ["hair", "eyes", "face", "glasses"]
-    names = worlds.FACE_ATTRIBUTES
+    assert [len(names) for names in faces.FACE_GROUPS.values()] == [6, 4, 3, 2]
+    assert list(faces.FACE_GROUPS) == ["hair", "eyes", "face", "glasses"]
+    names = faces.FACE_ATTRIBUTES
     assert len(set(names)) == 15 and not any("," in name for name in names)
     assert names[0] == "blonde hair" and names[6] == "brown eyes" and names[14] == "without glasses"
-    assert worlds.faces(2)[0].shape == (2, 3, 128, 128)
+    assert faces.render(2)[0].shape == (2, 3, 128, 128)
 
 
 def test_every_combination_of_attributes_comes_equally_often():
     for n, least, most in ((288, 2, 2), (200, 1, 2), (100, 0, 1)):
-        labels = worlds.faces(n, 4, seed=1)[1]
+        labels = faces.render(n, 4, seed=1)[1]
         assert set(labels.flatten().tolist()) == {0, 1}
         assert all((group.sum(1) == 1).all() for group in groups(labels).values())
         counts = labels.unique(dim=0, return_counts=True)[1]
@@ -209,17 +209,17 @@ def test_every_combination_of_attributes_comes_equally_often():
     assert (order.diff() < 0).sum() > 20  # shuffled
 
 
-def test_one_seed_draws_the_same_faces_for_any_batch_size():
+def test_one_seed_renders_the_same_faces_for_any_batch_size():
     state = torch.get_rng_state()
-    first = worlds.faces(20, 45, seed=3)
+    first = faces.render(20, 45, seed=3)
     assert torch.equal(state, torch.get_rng_state())
-    again = worlds.faces(20, 45, seed=3, batch=7)
+    again = faces.render(20, 45, seed=3, batch=7)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    other = worlds.faces(20, 45, seed=4)
+    other = faces.render(20, 45, seed=4)
     assert not torch.equal(other[0], first[0]) and not torch.equal(other[1], first[1])
 
 
-def test_a_face_s_attributes_are_seen_in_it(portraits):
+def test_a_face_s_attributes_show_in_it(portraits):
     images, labels = portraits
     middle = images[:, :, 10:22, 6:26].long() * 6 // 256  # the face and the hair beside it
     codes = (middle * torch.tensor([36, 6, 1]).view(3, 1, 1)).sum(1).flatten(1)
@@ -231,8 +231,8 @@ def test_a_face_s_attributes_are_seen_in_it(portraits):
 
 
 def test_a_face_s_colours_are_never_taken_for_another_of_the_group():
-    labels, factors = worlds._draw_looks(2880, 5)
-    for group, colours in worlds.FACE_COLOURS.items():
+    labels, factors = faces._sample_factors(2880, 5)
+    for group, colours in faces.FACE_COLOURS.items():
         named = torch.tensor(list(colours.values())) / 255
         assert torch.equal(torch.cdist(factors[group], named).argmin(1), groups(labels)[group].argmax(1))
     assert (factors["backdrop"] - factors["hair"]).norm(dim=1).min() > 0.15
@@ -243,15 +243,64 @@ def test_nothing_else_in_a_face_tells_its_attributes(portraits):
     corner = images[:, :, 0, 0].double()
     left = corner - fitted(labels, corner)(labels)
     assert (left.var(0) / corner.var(0)).min() > 0.97  # by chance 0.99
-    looks, factors = worlds._draw_looks(2880, 5)
-    for name in set(factors) - set(worlds.FACE_GROUPS):
+    looks, factors = faces._sample_factors(2880, 5)
+    for name in set(factors) - set(faces.FACE_GROUPS):
         both = torch.cat([looks, factors[name].flatten(1)], 1).T
         both = both[both.std(1) > 0]
         assert torch.corrcoef(both)[:15, 15:].abs().max() < 0.1, name  # by chance 0.02
 
 
 def test_faces_are_the_same_at_any_image_size():
-    half, full = (worlds.faces(48, size, seed=5)[0].float() for size in (32, 64))
+    half, full = (faces.render(48, size, seed=5)[0].float() for size in (32, 64))
     shrunk = torch.nn.functional.avg_pool2d(full, 2)
     # only the edges differ, which are as many pixels wide in either
     assert (shrunk - half).abs().mean() < 2 < (shrunk[1:] - half[:-1]).abs().mean() / 10
+
+
+# ---------------------------------------------------------------------- measures of digits
+
+def test_slant_and_width_are_the_true_ones():
+    for size in (28, 64):
+        images, labels, factors = digits.render(400, image_size=size)
+        slant, width = digits.slant_and_width(images / 127.5 - 1)
+        ones = labels == 1  # a plain stroke in most of them
+        assert digits.spearman(slant[ones], factors["slant"][ones]) > 0.9
+        assert digits.spearman(slant, factors["slant"]) > 0.85
+        assert digits.spearman(width, factors["width"]) > 0.95
+        assert (width / factors["width"]).median() == pytest.approx(1, abs=0.06)
+    assert digits.slant_and_width(-torch.ones(2, 1, 28, 28))[0].isnan().all()
+
+
+def test_spearman_is_scipy_s():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 5, 30).round(decimals=1)  # with ties
+    for row, x, y in zip(digits.spearman(a, b), a, b, strict=True):
+        assert row.item() == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    b[0, 3], b[1] = torch.nan, 4.0
+    assert digits.spearman(a, b)[:2].tolist() == [0, 0] and digits.spearman(a, b)[2] != 0
+
+
+def test_code_effects_are_those_of_each_code():
+    """Code 1 shears a bar, code 2 thins it; noise and category must not matter."""
+    def make(z, category, codes):
+        at = torch.linspace(-1, 1, 32)
+        x = at[None, None, :] + 0.4 * codes[:, 0, None, None] * at[None, :, None] + 0.1 * z[:, :1, None]
+        width = 0.14 - 0.04 * codes[:, 1, None, None]
+        ink = ((width - x.abs()) / 0.04 + 0.5).clamp(0, 1) * (at.abs() < 0.8)[None, :, None]
+        return ink[:, None] * 2 - 1
+
+    result = digits.code_effects(make, 3, 10, 2, torch.Generator().manual_seed(0), n_paths=20)
+    assert result["code 1 ~ slant"] > 0.99 and result["code 2 ~ width"] < -0.99
+    assert result["code 1: change of slant"] == pytest.approx(0.8, abs=0.1)
+    assert -0.16 * 14 < result["code 2: change of width"] < -0.08 * 14  # ends count, too
+    assert abs(result["code 2: change of slant"]) < 0.1
+    blank = digits.code_effects(lambda z, *_: -torch.ones(len(z), 1, 32, 32), 3, 10, 1, torch.Generator(), 4)
+    assert blank["code 1 ~ slant"] == 0
+
+
+def test_correlations_are_within_classes():
+    _, labels, factors = digits.render(300)
+    codes = torch.stack([factors["slant"] * 2 + 10 * labels, -factors["width"]], 1)
+    found = digits.correlations(codes, labels, factors)
+    assert found["code 1 ~ slant"] == pytest.approx(1) and found["code 2 ~ width"] == pytest.approx(-1)
+    assert abs(found["code 1 ~ width"]) < 0.4
