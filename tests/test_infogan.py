@@ -1,32 +1,27 @@
-"""InfoGAN: its networks and losses by the numbers, its measures, and the script as a user runs it."""
-import csv
-import json
+"""InfoGAN: networks against the write-up's numbers, Q's losses, its grids, and the meaning of its codes."""
 import math
 
 import pytest
-import scipy
 import torch
 from PIL import Image
 from torch import nn
 
 import evaluator
 import infogan_mnist
-from common import worlds
-from common.datasets import Digits
-from tests.conftest import CountReads, cut_off_and_resumed, main, same, script
-
-SCRIPT = infogan_mnist  # what `refuses` runs
-CPU = torch.device("cpu")
-TINY = ["--data", "drawn", "--n-drawn", "60", "--ch", "2", "--image-size", "32", "--batch-size", "8",
-        "--judge-width", "8", "--judge-steps", "4", "--eval-images", "60", "--eval-draws", "2",
-        "--log-every", "2", "--device", "cpu"]
+from common.datasets import load_digits
+from tests.conftest import rows_of, run_here, settings
 
 
-# ------------------------------------------------------------------------------------------- networks, losses
+def networks(ch=64, image_size=64, z_dim=62, n_categories=10, n_continuous=2):
+    torch.manual_seed(0)
+    features = infogan_mnist.widths(ch, image_size)[-1]
+    return (infogan_mnist.Generator(z_dim + n_categories + n_continuous, ch, image_size),
+            infogan_mnist.Body(ch, image_size), infogan_mnist.DHead(features),
+            infogan_mnist.QHead(features, n_categories, n_continuous))
+
 
 def test_the_networks_are_the_write_up_s():
-    cfg = infogan_mnist.Config()
-    G, body, D, Q, _ = infogan_mnist.build(cfg, CPU)
+    G, body, D, Q = networks()
     code = infogan_mnist.join(torch.rand(2, 62), torch.tensor([3, 0]), torch.rand(2, 2), 10)
     assert code.shape == (2, 74)
     shapes, x = [], code
@@ -56,9 +51,9 @@ def test_the_networks_are_the_write_up_s():
 @pytest.mark.parametrize("size, categories, continuous", [(32, 3, 1), (64, 12, 4)])
 def test_other_sizes_and_numbers_of_codes(size, categories, continuous):
     cfg = infogan_mnist.Config(ch=2, image_size=size, n_categories=categories, n_continuous=continuous)
-    G, body, D, Q, _ = infogan_mnist.build(cfg, CPU)
-    z, category, codes = infogan_mnist.columns_of_classes(cfg, torch.Generator(), 2, None)
-    x = infogan_mnist.make(cfg, G, z, category, codes)
+    G, body, D, Q = networks(ch=2, image_size=size, n_categories=categories, n_continuous=continuous)
+    codes = infogan_mnist.grid_codes(cfg, torch.Generator(), 2, None)
+    x = G(infogan_mnist.join(*codes, categories))
     assert x.shape == (2 * categories, 1, size, size)
     logits, mean, variance = Q(body(x))
     assert logits.shape[1] == categories and mean.shape[1] == variance.shape[1] == continuous
@@ -93,41 +88,37 @@ def test_the_variance_can_not_reach_zero():
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("which", ["d", "g"])
-def test_each_update_reaches_what_it_should_and_nothing_else(tmp_path, monkeypatch, which):
-    """One iteration in which one of the two optimisers has a rate of zero."""
-    monkeypatch.chdir(tmp_path)
-    rates = {"lr_d": 0.0 if which == "g" else 0.01, "lr_g": 0.0 if which == "d" else 0.01}
-    cfg = infogan_mnist.Config(iters=1, data="drawn", n_drawn=60, ch=2, image_size=32, batch_size=8,
-                               judge="none", device="cpu", out="run", **rates)
-    torch.manual_seed(cfg.seed)
-    before = dict(zip(("G", "body", "D", "Q"), infogan_mnist.build(cfg, CPU)))
-    assert infogan_mnist.train(cfg) == 0
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+def test_each_step_updates_its_networks_and_no_others():
+    G, body, D, Q = nets = networks(ch=2, image_size=32)
+    opt_d = torch.optim.Adam([*body.parameters(), *D.parameters()], 1e-2)
+    opt_g = torch.optim.Adam([*G.parameters(), *Q.parameters()], 1e-2)
+    category, codes = torch.randint(10, (8,)), torch.rand(8, 2) * 2 - 1
+    fake = G(infogan_mnist.join(torch.rand(8, 62), category, codes, 10))
+    weights = [[p.clone() for p in net.parameters()] for net in nets]
 
-    def moved(name: str) -> set[bool]:
-        return {not torch.equal(p, state[name][key]) for key, p in before[name].named_parameters()}
-    trained = {name for name in before if moved(name) == {True}}
-    assert trained == ({"body", "D"} if which == "d" else {"G", "Q"})
-    assert all(moved(name) in ({True}, {False}) for name in before)
+    def moved() -> list[bool]:
+        return [any(not torch.equal(p, q) for p, q in zip(net.parameters(), w, strict=True))
+                for net, w in zip(nets, weights, strict=True)]
+    infogan_mnist.d_step(body, D, opt_d, torch.rand(8, 1, 32, 32), fake)
+    assert moved() == [False, True, True, False]
+    weights[1:3] = [[p.clone() for p in net.parameters()] for net in (body, D)]
+    found = infogan_mnist.gq_step(body, D, Q, opt_g, fake, category, codes)
+    assert moved() == [True, False, False, True]
+    assert found["q_category"].item() == pytest.approx(math.log(10), abs=0.5)  # nothing is known yet
 
-
-# ------------------------------------------------------------------------------------------------- pictures
 
 def test_the_grid_s_layout():
     cfg = infogan_mnist.Config(n_categories=5, n_continuous=3, z_dim=7)
-    z, category, codes = infogan_mnist.columns_of_classes(cfg, torch.Generator().manual_seed(0), 10, 1)
+    z, category, codes = infogan_mnist.grid_codes(cfg, torch.Generator().manual_seed(0), 10, 1)
     assert torch.equal(category.view(10, 5), torch.arange(5).expand(10, 5))  # constant down a column
     assert (z.view(10, 5, 7) == z.view(10, 5, 7)[0]).all()  # so is the noise
     assert len(z[:5].unique(dim=0)) == 5  # but columns differ
     codes = codes.view(10, 5, 3)
     torch.testing.assert_close(codes[:, 2, 1], torch.linspace(-1, 1, 10))
     assert not codes[..., [0, 2]].any()
-    z, category, codes = infogan_mnist.columns_of_classes(cfg, torch.Generator().manual_seed(0), 10, None)
+    z, category, codes = infogan_mnist.grid_codes(cfg, torch.Generator().manual_seed(0), 10, None)
     assert len(z.unique(dim=0)) == 50 and codes.abs().max() <= 1 and z.abs().max() <= 1 and z.min() < -0.9
 
-
-# ------------------------------------------------------------------------------------------------- measures
 
 def test_match_finds_the_best_one_to_one_assignment():
     codes = torch.tensor([0] * 10 + [1] * 10 + [2] * 10)
@@ -140,157 +131,66 @@ def test_match_finds_the_best_one_to_one_assignment():
     assert sorted(digit)[:2] == [-1, -1] and agree == pytest.approx(10 / 12)
 
 
-def test_score_category_of_known_digits():
-    """Code k writes digit (k + 3) % 10; a tenth of the images is of the next digit."""
-    class Net(nn.Module):
-        size = 32
+class FirstPixel(nn.Module):
+    """Reads the digit from the first pixel."""
+    size = 32
 
-        def forward(self, x):
-            return nn.functional.one_hot(x[:, 0, 0, 0].round().long(), 10).float()
+    def __init__(self):
+        super().__init__()
+        self.fc, self.weight = nn.Identity(), nn.Parameter(torch.zeros(1))
 
-    def sample(category, g):
+    def forward(self, x):
+        self.fc(x[:, 0, 0, :2])
+        return nn.functional.one_hot(x[:, 0, 0, 0].round().long(), 10).float()
+
+
+def test_score_categories_of_known_digits():
+    """Category k shows digit (k + 3) % 10; a tenth of the images shows the next digit."""
+    g = torch.Generator().manual_seed(1)
+
+    def make(z, category, codes):
         wrong = (torch.rand(len(category), generator=g) < 0.1).long()
         return ((category + 3 + wrong) % 10)[:, None, None, None].float().expand(-1, 1, 32, 32)
 
-    result = evaluator.score_category(sample, 10, evaluator.Judge(Net(), "", None), 2000, 3, 0)
-    assert result["digit"] == [(k + 3) % 10 for k in range(10)]
-    mean, std = result["accuracy"]
-    assert mean == pytest.approx(0.9, abs=0.02) and 0 < std < 0.02
-    assert all(p == pytest.approx(0.9, abs=0.06) for p in result["purity"][0])
+    cfg = infogan_mnist.Config(eval_images=2000)
+    judge = evaluator.Judge(FirstPixel(), evaluator.KINDS["digits"], "", None)
+    found = infogan_mnist.score_categories(make, cfg, judge, torch.Generator().manual_seed(0))
+    assert found["digit"].tolist() == [(k + 3) % 10 for k in range(10)]
+    assert found["code → digit"] == pytest.approx(0.9, abs=0.02)
+    assert found["purity"].tolist() == pytest.approx([0.9] * 10, abs=0.06)
 
 
-def test_slant_and_width_are_the_true_ones():
-    for size in (28, 64):
-        images, labels, factors = worlds.digits(400, image_size=size)
-        slant, width = evaluator.slant_and_width(images / 127.5 - 1)
-        ones = labels == 1  # a plain stroke in most of them
-        assert evaluator.spearman(slant[ones], factors["slant"][ones]) > 0.9
-        assert evaluator.spearman(slant, factors["slant"]) > 0.85
-        assert evaluator.spearman(width, factors["width"]) > 0.95
-        assert (width / factors["width"]).median() == pytest.approx(1, abs=0.06)
-    assert evaluator.slant_and_width(-torch.ones(2, 1, 28, 28))[0].isnan().all()
+def test_the_strongest_code_counts_whatever_its_sign():
+    effects = {"code 1 ~ slant": (0.3, 0.1), "code 2 ~ slant": (-0.8, 0.2)}
+    assert infogan_mnist.strongest(effects, "slant", 2) == (0.8, 0.2)
 
 
-def test_spearman_is_scipy_s():
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 5, 30).round(decimals=1)  # with ties
-    for row, x, y in zip(evaluator.spearman(a, b), a, b):
-        assert row.item() == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
-    b[0, 3], b[1] = torch.nan, 4.0
-    assert evaluator.spearman(a, b)[:2].tolist() == [0, 0] and evaluator.spearman(a, b)[2] != 0
+def test_score_reading_is_that_of_q_s_estimates(here):
+    data = load_digits(settings(n_synthetic=1000), 32)
+
+    def Q(h):  # reads the true class and factors
+        i = [int((data.test_images == x.byte()).flatten(1).all(1).nonzero()[0]) for x in h]
+        logits = nn.functional.one_hot((data.test_labels[i] + 1) % 10, 10).float()
+        return logits, torch.stack([data.test_factors["slant"][i] * 2, -data.test_factors["width"][i]], 1)
+
+    def body(x):
+        return (x + 1) * 127.5 + 0.01
+    found = infogan_mnist.score_reading(body, Q, data, torch.device("cpu"))
+    assert found["Q's category → class"] == (1, 0)
+    assert found["Q's code 1 ~ slant"][0] == pytest.approx(1)
+    assert found["Q's code 2 ~ width"][0] == pytest.approx(-1)
 
 
-def test_score_continuous_tells_what_a_code_moves():
-    """Code 1 shears a bar, code 2 thins it; noise and category must not matter."""
-    def make(z, category, codes):
-        at = torch.linspace(-1, 1, 32)
-        x = at[None, None, :] + 0.4 * codes[:, 0, None, None] * at[None, :, None] + 0.1 * z[:, :1, None]
-        width = 0.14 - 0.04 * codes[:, 1, None, None]
-        ink = ((width - x.abs()) / 0.04 + 0.5).clamp(0, 1) * (at.abs() < 0.8)[None, :, None]
-        return ink[:, None] * 2 - 1
-
-    result = evaluator.score_continuous(make, 3, 10, 2, draws=2, seed=0, ways=20)
-    assert result["code 1 ~ slant"][0] > 0.99 and result["code 2 ~ width"][0] < -0.99
-    assert result["code 1: change of slant"][0] == pytest.approx(0.8, abs=0.1)
-    assert -0.16 * 14 < result["code 2: change of width"][0] < -0.08 * 14  # ends count, too
-    assert abs(result["code 2: change of slant"][0]) < 0.1
-    blank = evaluator.score_continuous(lambda z, *_: -torch.ones(len(z), 1, 32, 32), 3, 10, 1, 1, 0, ways=4)
-    assert blank["code 1 ~ slant"] == (0.0, 0.0)
-
-
-def test_score_reading_against_true_factors():
-    images, labels, factors = worlds.digits(300)
-    data = Digits("drawn digits", images, labels, images, labels, factors, "x")
-    codes = torch.stack([factors["slant"] * 2, -factors["width"]], 1)
-    result = evaluator.score_reading(((labels + 1) % 10, codes), data)
-    assert result["Q's category → class"][0] == 1
-    assert result["Q's code 1 ~ slant"][0] == pytest.approx(1)
-    assert result["Q's code 2 ~ width"][0] == pytest.approx(-1)
-    assert abs(result["Q's code 1 ~ width"][0]) < 0.4
-
-
-# ------------------------------------------------------------------------------------------------- runs
-
-@pytest.fixture(scope="module")
-def finished(workdir):
-    done = script("infogan_mnist.py", *TINY, "--iters", "9", "--out", "runs/infogan", "--sample-every", "3",
-                  "--eval-every", "4", "--save-every", "4", cwd=workdir)
-    assert done.returncode == 0, done.stderr
-    return workdir / "runs" / "infogan", done.stdout
-
-
-def test_a_run_leaves_everything(finished):
-    folder, told = finished
-    rows = list(csv.DictReader(open(folder / "metrics.csv")))
-    assert [r["step"] for r in rows if r["q_category"]] == ["2", "4", "6", "8", "9"]
-    assert [r["step"] for r in rows if r["accuracy_code"]] == ["4", "8", "9"]
-    assert float(rows[0]["q_category"]) == pytest.approx(math.log(10), abs=0.5)  # nothing is known yet
-    for name in ("last.pt", "best.pt", "progress.gif", "real_beside_generated.png"):
-        assert (folder / name).stat().st_size > 0, name
-    for name, columns in (("samples", 10), ("code_1", 10), ("code_2", 10), ("category_0_code_1", 21)):
+def test_pictures_and_scores_of_a_run(here):
+    folder = run_here("infogan_mnist", iters=2, eval_every=2, category=7)
+    for name, columns in (("samples", 10), ("code_1", 10), ("code_2", 10), ("category_7_code_1", 21)):
         with Image.open(folder / f"{name}.png") as grid:
             assert grid.width == columns * 66 + 2
-    scores = json.loads((folder / "scores.json").read_text())
-    assert set(scores["summary"]) == {"code → digit", "a code ~ slant", "a code ~ width", "FD (judge)"}
-    strongest = max(abs(scores["last"][f"code {c} ~ width"][0]) for c in (1, 2))
-    assert scores["summary"]["a code ~ width"][0] == strongest
-    assert 0.1 <= scores["last"]["code → digit"][0] <= 1 and len(scores["last"]["digit"]) == 10
-    for part in ("code → digit", "Q's category → class", "Q's code 2 ~ width", "held-out accuracy"):
-        assert part in told
+    assert {"accuracy_code", "q_category", "q_continuous"} < rows_of(folder)[-1].keys()
 
 
-def test_sample_and_eval_read_a_run(finished, workdir, monkeypatch):
-    folder, _ = finished
-    monkeypatch.chdir(workdir)
-    before = json.loads((folder / "scores.json").read_text())
-    (folder / "scores.json").unlink()
-    main(infogan_mnist, "--eval", "runs/infogan")
-    after = json.loads((folder / "scores.json").read_text())
-    assert set(after) == set(before) and after["last"]["digit"] == before["last"]["digit"]
-    assert after["last"]["FD (judge)"] == pytest.approx(before["last"]["FD (judge)"], rel=1e-4)
-    main(infogan_mnist, "--sample", "runs/infogan", "--category", "7")
-    assert (folder / "category_7_code_2.png").exists()
-
-
-def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(workdir, finished, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(workdir / "data")  # digits and judge
-    cut_off_and_resumed(infogan_mnist, at=16, iters=25, data="drawn", n_drawn=60, ch=2, image_size=32,
-                        batch_size=8, judge_width=8, judge_steps=4, eval_images=40, log_every=2,
-                        sample_every=7, eval_every=8, save_every=5, device="cpu")
-    state = torch.load("cut/last.pt", weights_only=True)
-    same(state["ema"], state["G"])
-
-
-def test_an_iteration_reads_nothing_back(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    counts = []
-    for iters in (2, 2, 5):  # the first one draws the digits
-        cfg = infogan_mnist.Config(iters=iters, data="drawn", n_drawn=60, ch=2, image_size=32, batch_size=8,
-                                   judge="none", log_every=100, device="cpu")
-        with CountReads() as mode:
-            assert infogan_mnist.train(cfg) == 0
-        counts.append(mode.reads)
-    assert counts[1] == counts[2] > 0
-
-
-def test_bad_input(refuses, finished, tmp_path):
-    folder = str(finished[0])
-    refuses("--n-categories", "1", message="--n-categories 1 at least 2")
-    refuses("--n-continuous", "0", message="--n-continuous 0: must be at least 1")
-    refuses("--image-size", "28", message="invalid choice")
-    refuses("--resume", folder, "--n-continuous", "3", message="n_continuous is 2 there and 3 here")
-    refuses("--sample", folder, "--n-categories", "12", message="n_categories is 10 there and 12 here")
-    refuses("--sample", folder, "--category", "10", message="this run has 0 to 9")
-    (tmp_path / "empty").mkdir()
-    refuses("--sample", "empty", message="is no run")
-    (tmp_path / "empty" / "config.json").write_text((finished[0] / "config.json").read_text())
-    refuses("--sample", "empty", message="has saved no checkpoint yet")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_short_run_on_cuda(tmp_path):
-    args = [a for a in TINY if a not in ("--device", "cpu")]
-    done = script("infogan_mnist.py", *args, "--iters", "4", "--device", "cuda", "--precision", "bf16",
-                  "--fid-weights", "none", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_bad_values(refuses):
+    refuses("infogan_mnist", "--n-categories", "1", message="--n-categories 1 must be at least 2")
+    refuses("infogan_mnist", "--n-continuous", "0", message="--n-continuous 0: must be at least 1")
+    refuses("infogan_mnist", "--image-size", "28", message="invalid choice")
+    refuses("infogan_mnist", "--category", "10", message="--category 10 below it")

@@ -10,13 +10,14 @@ Config = sngan_iclevr.Config
 
 def test_defaults_are_the_write_up_s():
     cfg = Config()
-    assert (cfg.iters, cfg.batch_size, cfg.n_dis, cfg.lr_g, cfg.lr_d, cfg.ch) == (30_000, 64, 4, 3e-4, 1e-4, 64)
-    assert (cfg.z_dim, cfg.image_size, cfg.add_noise, cfg.relativistic, cfg.flip_labels) == (128, 64, True, False, 0)
+    assert (cfg.iters, cfg.batch_size, cfg.n_dis, cfg.lr_g, cfg.lr_d) == (30_000, 64, 4, 3e-4, 1e-4)
+    assert (cfg.z_dim, cfg.ch, cfg.image_size, cfg.add_noise) == (128, 64, 64, True)
+    assert not (cfg.relativistic or cfg.flip_labels or cfg.lr_decay_from)
 
 
 def test_null_rows_stay_exactly_zero_through_training(here):
     state = torch.load(run_here("sngan_iclevr", iters=5, judge="none") / "last.pt", weights_only=True)
-    tables = {k: v for k, v in state["G"].items() if k.endswith((".gain.weight", ".bias.weight")) and len(v) == 25}
+    tables = {k: v for k, v in state["G"].items() if k.endswith(("gain.weight", "bias.weight")) and len(v) == 25}
     assert len(tables) == 2 * 2 * 3  # two tables in two norms of three blocks
     tables["D"] = state["D"]["embed.parametrizations.weight.original"]
     for name, table in tables.items():
@@ -41,7 +42,7 @@ def step_losses(**fields) -> tuple[dict, dict]:
     opt_d, opt_g = (torch.optim.Adam(net.parameters(), 1e-3) for net in (D, G))
     before = [p.clone() for p in G.parameters()]
     d = sngan_iclevr.d_step(cfg, G, D, opt_d, real, labels)
-    assert all(torch.equal(a, b) for a, b in zip(before, G.parameters(), strict=True))  # D's step leaves G alone
+    assert all(torch.equal(a, b) for a, b in zip(before, G.parameters(), strict=True))
     after = [p.clone() for p in D.parameters()]
     g = sngan_iclevr.g_step(cfg, G, D, opt_g, real, labels)
     assert all(torch.equal(a, b) for a, b in zip(after, D.parameters(), strict=True))
@@ -55,7 +56,7 @@ def test_losses_are_hinges_and_each_trick_changes_them():
     for trick in (dict(add_noise=False), dict(flip_labels=0.5), dict(relativistic=True)):
         other_d, other_g = step_losses(**trick)
         assert other_d["d_loss"] != d["d_loss"], trick
-    assert other_g["g_loss"] == pytest.approx(2, abs=0.2) != g["g_loss"]  # relativistic: a hinge of both kinds
+    assert other_g["g_loss"] == pytest.approx(2, abs=0.2) != g["g_loss"]  # relativistic: hinges of both
     flipped, _ = step_losses(flip_labels=1.0)
     assert flipped["d_loss"] == pytest.approx(2 + flipped["d_real"] - flipped["d_fake"], abs=1e-4)
 

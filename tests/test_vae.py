@@ -91,7 +91,8 @@ def test_what_adding_an_attribute_does_is_counted():
     images = levels[:, None, None, None].expand(-1, 3, 8, 8).byte()
     labels = torch.tensor([[0, 1], [1, 1], [0, 1], [1, 1]])
     test = torch.tensor([0, 20, 110, 140]).view(4, 1, 1, 1).expand(-1, 3, 8, 8).byte()
-    data = Data("", "faces", "", images, labels.float(), ("bright", "all"), "", test, torch.tensor([[0., 1]] * 4))
+    test_labels = torch.tensor([[0.0, 1.0]] * 4)
+    data = Data("", "faces", "", images, labels.float(), ("bright", "all"), "", test, test_labels)
     net = Plain()
     judge = evaluator.Judge(net, evaluator.KINDS["faces"], "", None)
     shares = vae_celeba.add_attributes(net, data, judge)
@@ -105,5 +106,5 @@ def test_bad_values(refuses):
     refuses("vae_celeba", "--z-dim", "0", message="--z-dim 0: must be at least 1")
     refuses("vae_celeba", "--kl-weight", "-1", message="--kl-weight -1.0: must be at least 0")
     refuses("vae_celeba", "--data", "nowhere", message="no list_attr_celeba.txt or cartoon_attr.txt")
-    refuses("vae_celeba", "--data", "synthetic", "--n-synthetic", "30", "--batch-size", "31", "--image-size", "32",
-            message="more than the 27 training")
+    refuses("vae_celeba", "--data", "synthetic", "--n-synthetic", "30", "--batch-size", "31",
+            "--image-size", "32", message="more than the 27 training")
