@@ -1,5 +1,5 @@
 """Concat-conditioned DCGAN: its networks against the write-up's numbers, its label tricks and its rates."""
-import math
+import copy
 from itertools import pairwise
 
 import pytest
@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import cdcgan_iclevr
-from tests.conftest import rows_of, run_here
+from tests.conftest import run_here
 
 SETS = torch.tensor([[3, 24, 24], [0, 5, 23], [1, 2, 24]])
 
 
-# ------------------------------------------------------------------------------------------------- networks
+# ---------------------------------------------------------------------- networks
 
 def test_label_sets_become_multi_hot():
     found = cdcgan_iclevr.multi_hot(torch.cat([SETS, torch.tensor([[4, 4, 24]])]), 24)
@@ -37,40 +37,59 @@ def test_the_networks_are_the_write_up_s(size, times):
 
 def test_the_labels_are_a_plane_beside_the_image_or_a_projection():
     x = torch.randn(3, 3, 64, 64)
-    D, seen = cdcgan_iclevr.Discriminator(24, 4, 64, "plane").eval(), []
-    D.layers.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    D, inputs = cdcgan_iclevr.Discriminator(24, 4, 64, "plane").eval(), []
+    D.layers.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     D(x, SETS)
     linear, hot = D.plane[0], cdcgan_iclevr.multi_hot(SETS, 24)
     assert linear.weight.shape == (64 * 64, 24)
-    assert torch.equal(seen[0][:, :3], x)
-    torch.testing.assert_close(seen[0][:, 3], (hot @ linear.weight.T + linear.bias).view(3, 64, 64))
+    assert torch.equal(inputs[0][:, :3], x)
+    torch.testing.assert_close(inputs[0][:, 3], (hot @ linear.weight.T + linear.bias).view(3, 64, 64))
     D = cdcgan_iclevr.Discriminator(24, 4, 64, "projection").eval()
     h = D.layers(x)
     expected = D.last(h).flatten() + torch.einsum("ny,fy,nf->n", hot, D.embed.weight, h.flatten(1))
     torch.testing.assert_close(D(x, SETS), expected)
 
 
-# ---------------------------------------------------------------------- training
+# ---------------------------------------------------------------------- steps, targets, rates
 
-def trained(**fields) -> tuple[list[dict], list[float]]:
-    """The rows of a run, and both rates at its end."""
-    name = ",".join(f"{k}={v}" for k, v in fields.items()) or "plain"
-    folder = run_here("cdcgan_iclevr", **dict(judge="none", log_every=1, sample_every=0, out=name) | fields)
-    state = torch.load(folder / "last.pt", weights_only=True)
-    return rows_of(folder), [state[opt]["param_groups"][0]["lr"] for opt in ("opt_g", "opt_d")]
+@pytest.mark.parametrize("cond", ["plane", "projection"])
+def test_each_step_updates_its_own_network_by_bce(cond):
+    torch.manual_seed(0)
+    cfg = cdcgan_iclevr.Config(d_cond=cond)
+    G, D = cdcgan_iclevr.Generator(24, 8, 2, 32), cdcgan_iclevr.Discriminator(24, 2, 32, cond)
+    opt_g, opt_d = (torch.optim.Adam(net.parameters(), 1e-2) for net in (G, D))
+    real, fake, score = torch.rand(3, 3, 32, 32), G(torch.randn(3, 8), SETS), copy.deepcopy(D)
+    weights = [[p.clone() for p in net.parameters()] for net in (G, D)]
+
+    def moved() -> list[bool]:
+        return [any(not torch.equal(p, q) for p, q in zip(net.parameters(), w, strict=True))
+                for net, w in zip((G, D), weights, strict=True)]
+    found = cdcgan_iclevr.d_step(cfg, D, opt_d, real, fake, SETS)
+    p, q = score(real, SETS).sigmoid(), score(fake, SETS).sigmoid()
+    torch.testing.assert_close(found["d_loss"], -p.log().mean() - (1 - q).log().mean())
+    torch.testing.assert_close((found["d_real"], found["d_fake"]), (p.mean(), q.mean()))
+    assert moved() == [False, True]
+    weights[1], score = [p.clone() for p in D.parameters()], copy.deepcopy(D)
+    found = cdcgan_iclevr.g_step(D, opt_g, fake, SETS)
+    torch.testing.assert_close(found["g_loss"], -score(fake, SETS).sigmoid().log().mean())
+    assert moved() == [True, False]
 
 
-def test_label_tricks_change_d_s_targets(here):
+def test_label_tricks_change_d_s_targets_and_nothing_else():
     def first(**fields):
-        row = trained(iters=1, **fields)[0][0]
-        return row["d_loss"], row["d_real"], row["d_fake"]
-    # flip_labels 1 swaps all targets: BCE(s, 1) - BCE(s, 0) = -s is the difference, s the logit
-    plain, real, fake = first()
-    swapped, *_ = first(flip_labels=1.0)
-    logit = [math.log(p / (1 - p)) for p in (real, fake)]  # of the mean: near enough, D being untrained
-    assert swapped - plain == pytest.approx(logit[0] - logit[1], abs=0.02) and swapped != plain
-    assert min(plain, swapped) < first(flip_labels=0.5)[0] < max(plain, swapped)
-    assert first(smooth_labels=True)[0] != plain
+        torch.manual_seed(0)
+        D = cdcgan_iclevr.Discriminator(24, 2, 32, "plane")
+        real, fake = torch.rand(2, 3, 3, 32, 32)
+        scores = D(real, SETS), D(fake, SETS)
+        opt = torch.optim.Adam(D.parameters())
+        found = cdcgan_iclevr.d_step(cdcgan_iclevr.Config(**fields), D, opt, real, fake, SETS)
+        return found["d_loss"].item(), found["d_real"].item(), (scores[0] - scores[1]).mean().item()
+    # flip_labels 1 swaps all targets: BCE(s, 0) - BCE(s, 1) = s is the difference, s the logit
+    plain, real, difference = first()
+    swapped, same_real, _ = first(flip_labels=1.0)
+    assert swapped - plain == pytest.approx(difference, abs=1e-5) and swapped != plain and same_real == real
+    smooth, same_real, _ = first(smooth_labels=True)
+    assert smooth != plain and same_real == real
 
 
 def test_smooth_and_flipped_targets_have_the_write_up_s_ranges():
@@ -87,10 +106,14 @@ def test_smooth_and_flipped_targets_have_the_write_up_s_ranges():
 
 
 def test_rates_are_halved_by_epochs(here):
+    def rates(**fields):
+        folder = run_here("cdcgan_iclevr", judge="none", sample_every=0, **fields)
+        state = torch.load(folder / "last.pt", weights_only=True)
+        return [state[opt]["param_groups"][0]["lr"] for opt in ("opt_g", "opt_d")]
     for iters, halvings in ((18, 0), (19, 1), (37, 2)):  # an epoch is 9 batches
-        rates = trained(iters=iters, halve_every=2, lr_g=0.008, lr_d=0.004)[1]
-        assert rates == pytest.approx([0.008 / 2**halvings, 0.004 / 2**halvings]), iters
-    assert trained(iters=19, halve_every=0)[1] == pytest.approx([2e-4, 1e-4])
+        expected = [0.008 / 2**halvings, 0.004 / 2**halvings]
+        assert rates(iters=iters, halve_every=2, lr_g=0.008, lr_d=0.004) == pytest.approx(expected), iters
+    assert rates(iters=19, halve_every=0) == pytest.approx([2e-4, 1e-4])
 
 
 def test_bad_values(refuses):

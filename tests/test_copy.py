@@ -1,4 +1,4 @@
-"""Networks and steps can be copied into anyone's code as they stand."""
+"""Networks and steps can be copied into anyone's code as they stand, with the imports that they use."""
 import ast
 import inspect
 import os
@@ -11,6 +11,9 @@ import dcgan_mnist
 import sngan_iclevr
 from tests.conftest import ROOT
 
+# what copied code may import; the rest of the project (runs, data, pictures, scores) may not be needed
+ALLOWED = ("math", "contextlib", "itertools", "collections.abc", "torch", "torch.nn.functional",
+           "torch.nn.utils.parametrizations", "common.losses", "common.blocks")
 LOOP = """
 torch.manual_seed(0)
 {networks}
@@ -27,28 +30,38 @@ DCGAN = dict(networks='G, D = Generator("conv", 8, 4), Discriminator("conv", 4)'
              steps="""fake = G(torch.randn(6, 8))
     d = d_step(D, opt_d, torch.rand(6, 1, 32, 32), fake)
     g = g_step(D, opt_g, fake)""")
-SNGAN = dict(networks="""cfg = SimpleNamespace(z_dim=8, flip_labels=0.1, add_noise=True, relativistic=True)
+SNGAN = dict(networks="""from types import SimpleNamespace
+cfg = SimpleNamespace(z_dim=8, flip_labels=0.1, add_noise=True, relativistic=True)
 G, D = Generator(24, 8, 2, 32), Discriminator(24, 2, 32, "linear")""",
              steps="""real, labels = torch.rand(6, 3, 32, 32), torch.randint(25, (6, 3))
     d = d_step(cfg, G, D, opt_d, real, labels)
     g = g_step(cfg, G, D, opt_g, real, labels)""")
 
 
-@pytest.mark.parametrize("module, names, code", [
-    (dcgan_mnist, "Generator Discriminator d_step g_step", DCGAN),
-    (sngan_iclevr, "init_xavier residual_conv SetEmbedding ConditionalBatchNorm UpBlock DownBlock widths Generator "
-     "Discriminator d_step g_step noisy", SNGAN),
-])
-def test_copied_networks_and_steps_train(tmp_path, module, names, code):
+def copied(module, names: list[str]) -> str:
+    """The source of these definitions, and the allowed ones of the script's imports that they use."""
     source = inspect.getsource(module)
     body = ast.parse(source).body
-    parts = [ast.get_source_segment(source, node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)
-             and not ast.get_source_segment(source, node).startswith(("import evaluator", "from common.run"))]
-    parts += [ast.get_source_segment(source, n) for n in body if getattr(n, "name", None) in names.split()]
-    assert len(parts) > len(names.split())
-    # a name used in an annotation only, which whoever copies a step deletes or keeps as they like
-    text = "\n".join(["from __future__ import annotations", "from types import SimpleNamespace", *parts])
-    (tmp_path / "copied.py").write_text(text + LOOP.format(**code), encoding="utf-8")
+    chosen = [node for node in body if getattr(node, "name", None) in names]
+    assert sorted(node.name for node in chosen) == sorted(names)
+    used = {node.id for part in chosen for node in ast.walk(part) if isinstance(node, ast.Name)}
+    lines = ["from __future__ import annotations"]  # `cfg: Config` does not call for the Config
+    for node in body:
+        for alias in getattr(node, "names", []):
+            path = getattr(node, "module", "") or alias.name
+            if (alias.asname or alias.name) in used and {path, f"{path}.{alias.name}"} & set(ALLOWED):
+                node.names = [alias]
+                lines.append(ast.unparse(node))
+    return "\n".join(lines + [ast.get_source_segment(source, node) for node in chosen])
+
+
+@pytest.mark.parametrize("module, names, code", [
+    (dcgan_mnist, "Generator Discriminator d_step g_step", DCGAN),
+    (sngan_iclevr, "init_xavier residual_conv SetEmbedding ConditionalBatchNorm UpBlock DownBlock widths "
+     "Generator Discriminator d_step g_step noisy", SNGAN)], ids=["dcgan", "sngan"])
+def test_copied_networks_and_steps_train(tmp_path, module, names, code):
+    text = copied(module, names.split()) + LOOP.format(**code)
+    (tmp_path / "copied.py").write_text(text, encoding="utf-8")
     done = subprocess.run([sys.executable, "copied.py"], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.stdout == "trained\n", done.stderr

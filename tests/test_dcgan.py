@@ -39,15 +39,15 @@ def test_the_mlp_networks_have_no_convolution():
 
 
 @pytest.mark.parametrize("net", ["conv", "mlp"])
-def test_initialisation(net):
+def test_both_networks_are_initialised_as_in_the_paper(net):
     torch.manual_seed(0)
-    for module in Generator(net, 100, 32).modules():
-        if isinstance(module, (nn.ConvTranspose2d, nn.Linear)):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
-            assert module.bias is None or not module.bias.any()
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            assert module.weight.mean().item() == pytest.approx(1, abs=0.02)
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.5) and not module.bias.any()
+    for network in (Generator(net, 100, 32), Discriminator(net, 32)):
+        for module in network.modules():
+            if hasattr(module, "weight"):
+                norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
+                assert module.weight.mean().item() == pytest.approx(norm, abs=0.02)
+                assert module.weight.std().item() == pytest.approx(0.02, rel=0.5 if norm else 0.1)
+                assert module.bias is None or not module.bias.any()
 
 
 def test_minimax_losses_are_binary_cross_entropies():

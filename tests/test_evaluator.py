@@ -7,11 +7,36 @@ import torchvision
 from torch import nn
 
 import evaluator
-from common import fid, worlds
-from common.datasets import Digits, Faces, load_faces, load_iclevr
-from common.run import NotFinite, UserError
+from common import fid
+from common.datasets import Data, load_faces, load_iclevr, to_float
+from common.errors import NotFinite, UserError
+from synthetic.digits import render
+from tests.conftest import settings
 
 CPU = torch.device("cpu")
+
+
+class Reader(nn.Module):
+    """A judge's network that reads probabilities and features off an image by two functions."""
+    size = 64
+
+    def __init__(self, probabilities, features=lambda x: x[:, 0, 0, :2]):
+        super().__init__()
+        self.fc, self.weight = nn.Identity(), nn.Parameter(torch.zeros(1))
+        self.probabilities, self.features = probabilities, features
+
+    def forward(self, x):
+        self.fc(self.features(x).double())
+        return self.probabilities(x)
+
+
+def judge_of(kind, net) -> evaluator.Judge:
+    return evaluator.Judge(net.requires_grad_(False), evaluator.KINDS[kind], "", None)
+
+
+def get_judge(data, width=8, steps=1, judge="auto"):
+    cfg = settings(judge=str(judge), judge_width=width, judge_steps=steps)
+    return evaluator.get_judge(cfg, data, CPU)
 
 
 def course_checkpoint(path, n_classes=24):
@@ -32,43 +57,35 @@ def test_count_objects_by_hand():
     result = evaluator.count_objects(scores, labels)
     assert result["accuracy"] == pytest.approx(6 / 9)
     assert result["exact"] == pytest.approx(2 / 4)
-    assert (
-        result["accuracy_1"] == 1
-        and result["accuracy_2"] == 0.5
-        and result["accuracy_3"] == pytest.approx(4 / 6)
-    )
+    assert result["accuracy_1"] == 1 and result["accuracy_2"] == 0.5
+    assert result["accuracy_3"] == pytest.approx(4 / 6)
 
 
 def test_score_sets_means_over_draws_of_z():
     sets = {"one": torch.tensor([[0, 24, 24], [1, 24, 24]])}
-    seen = []
+    used = []
 
     def sample(z, labels):
-        seen.append(z.clone())
+        used.append(z.clone())
         return z[:, :1, None, None] * torch.ones(1, 3, 64, 64)
 
-    class Net(nn.Module):  # sees object 1 in bright images, object 0 in dark ones
-        size = 64
-
-        def forward(self, x):
-            return nn.functional.one_hot((x[:, 0, 0, 0] > 0).long(), 24).float()
-
-    judge = evaluator.Judge(Net(), "", None)
+    # finds object 1 in bright images, object 0 in dark ones
+    judge = judge_of("scenes", Reader(lambda x: nn.functional.one_hot((x[:, 0, 0, 0] > 0).long(), 24).float()))
     state = torch.get_rng_state()
-    result = evaluator.score_sets(sample, 4, judge, sets, draws=6, seed=1, device=CPU)["one"]
+    result = evaluator.score_sets(sample, 4, judge, sets, draws=6, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    shown = torch.stack([(z[:, 0] > 0).long() == torch.tensor([0, 1]) for z in seen]).float().mean(1)
-    assert result["accuracy"] == pytest.approx((shown.mean().item(), shown.std().item()))
-    assert shown.std() > 0 and not torch.equal(seen[0], seen[1])
-    first = [z.clone() for z in seen]
-    seen.clear()
-    evaluator.score_sets(sample, 4, judge, sets, draws=6, seed=1, device=CPU)
-    assert all(torch.equal(a, b) for a, b in zip(first, seen))
+    right = torch.stack([(z[:, 0] > 0).long() == torch.tensor([0, 1]) for z in used]).float().mean(1)
+    assert result["accuracy one"] == pytest.approx((right.mean().item(), right.std().item()))
+    assert right.std() > 0 and not torch.equal(used[0], used[1])
+    first = [z.clone() for z in used]
+    used.clear()
+    evaluator.score_sets(sample, 4, judge, sets, draws=6, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(first, used, strict=True))
 
 
 def test_the_course_s_checkpoint_is_used_as_it_is(tmp_path):
     net = course_checkpoint(tmp_path / "checkpoint.pth")
-    judge = evaluator.get_judge(str(tmp_path / "checkpoint.pth"), data_of(24), 64, 1, CPU)
+    judge = get_judge(data_of(24), judge=tmp_path / "checkpoint.pth")
     x = torch.rand(3, 3, 64, 64) * 2 - 1
     torch.testing.assert_close(judge(x), net(x))
     assert "not known" in judge.title and judge.held_out is None
@@ -89,51 +106,48 @@ def test_refused_judges(tmp_path):
     state = {k: v for k, v in state.items() if not k.startswith("layer3")}
     state["fc.0.weight"], state["fc.0.bias"] = torch.zeros(24, 512), torch.zeros(24)
     torch.save({"model": state}, tmp_path / "part.pth")
-    for name, message in (
-        ("23.pth", "23 classes"),
-        ("other.pth", "is not a judge"),
-        ("text.pth", "is not a judge"),
-        ("part.pth", "is no ResNet-18"),
-        ("none.pth", "no such file"),
-    ):
-        with pytest.raises(UserError, match=message):
-            evaluator.get_judge(str(tmp_path / name), data_of(24), 64, 1, CPU)
+    for name, message in (("23.pth", "23 classes, the data has 24"), ("other.pth", "should be a judge"),
+                          ("text.pth", "should be a judge"), ("part.pth", "should be a ResNet-18"),
+                          ("none.pth", "FileNotFoundError")):
+        with pytest.raises(UserError, match=message) as error:
+            get_judge(data_of(24), judge=tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    assert get_judge(data_of(24), judge="none") is None
 
 
 def test_a_judge_learns_is_cached_and_leaves_the_random_state_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data = load_iclevr("drawn", 32, 30)
+    data = load_iclevr(settings(n_scenes=30))
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    judge = evaluator.get_judge("auto", data, 8, 60, CPU)
+    judge = get_judge(data, 8, 60)
     assert torch.equal(torch.get_rng_state(), state)
-    asked = (data.labels < 24).sum(1)
-    held = data.held_out()
-    chance = (asked[held] ** 2).sum() / 24 / asked[held].sum()
-    images = data.images[~held] / 127.5 - 1
-    learnt = evaluator.count_objects(judge(images), data.labels[~held])["accuracy"]
+    images, labels, _, held_out = data.split()
+    n, images = (held_out < 24).sum(1), to_float(images)
+    chance = (n**2).sum() / 24 / n.sum()
+    learnt = evaluator.count_objects(judge(images), labels)["accuracy"]
     assert learnt > 2 * chance  # on its training images: that it learns at all
     assert f"{judge.held_out['accuracy']:.4f}" in judge.title
     monkeypatch.setattr(evaluator, "train_judge", None)
-    again = evaluator.get_judge("auto", data, 8, 60, CPU)
+    again = get_judge(data, 8, 60)
     assert torch.equal(again(images), judge(images))
 
 
 def test_too_few_scenes_for_a_judge_are_refused(iclevr):
     with pytest.raises(UserError, match="fewer than 10 scenes"):
-        evaluator.train_judge(load_iclevr(str(iclevr), 32), 8, 2, CPU)
+        evaluator.train_judge(load_iclevr(settings(data=str(iclevr))), 8, 2, CPU)
 
 
 def test_augmentation_moves_whole_images():
     torch.manual_seed(0)
     x = torch.zeros(300, 3, 32, 32)
     x[:, :, 8, 5] = 1
-    y = evaluator._augment(x, mirror=True)
+    y = evaluator.augment(x, mirror=True)
     at = y[:, 0].flatten(1).argmax(1)
     rows, cols = at // 32, at % 32
     assert y.shape == x.shape and set(rows.tolist()) == set(range(6, 11))
     assert set(cols.tolist()) == set(range(3, 8)) | set(range(24, 29))  # 5 or, mirrored, 26; ± 2
-    cols = evaluator._augment(x, mirror=False)[:, 0].flatten(1).argmax(1) % 32
+    cols = evaluator.augment(x, mirror=False)[:, 0].flatten(1).argmax(1) % 32
     assert set(cols.tolist()) == set(range(3, 8))  # a mirrored digit is none
     torch.testing.assert_close(y.amax(1) > 0.5, y.amin(1) > 0.5)  # all three channels alike
 
@@ -142,27 +156,28 @@ def test_augmentation_moves_whole_images():
 
 @pytest.fixture(scope="module")
 def digits():
-    images, labels, factors = worlds.digits(1400)
-    return Digits("drawn digits", images[:1000], labels[:1000], images[1000:], labels[1000:], factors, "x")
+    images, labels, _ = render(1400)
+    return Data("digits", "digits", "", images[:1000], labels[:1000], tuple("0123456789"), "x", images[1000:],
+                labels[1000:])
 
 
 def test_a_judge_of_digits_learns_to_tell_them_apart(digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    judge = evaluator.get_judge("auto", digits, 16, 150, CPU)
+    judge = get_judge(digits, 16, 150)
     assert judge.held_out["accuracy"] > 0.8 and "digit CNN of width 16" in judge.title
     found = judge(digits.test_images / 127.5 - 1)
     torch.testing.assert_close(found.sum(1), torch.ones(400))
     assert (found.argmax(1) == digits.test_labels).float().mean().item() == pytest.approx(
         judge.held_out["accuracy"])
-    again = evaluator.get_judge(str(next((tmp_path / "data" / "judges").iterdir())), digits, 16, 150, CPU)
-    assert torch.equal(again(digits.test_images / 127.5 - 1), found)
-    with pytest.raises(UserError, match="is no ResNet-18|24"):  # a judge of something else
-        evaluator.get_judge(str(next((tmp_path / "data" / "judges").iterdir())), data_of(10), 16, 1, CPU)
+    path = next((tmp_path / "data" / "judges").iterdir())
+    assert torch.equal(get_judge(digits, judge=path)(digits.test_images / 127.5 - 1), found)
+    with pytest.raises(UserError, match="should be a ResNet-18"):  # a judge of something else
+        get_judge(data_of(10), judge=path)
 
 
 def test_features_are_what_the_last_layer_takes(digits):
     torch.manual_seed(0)
-    judge = evaluator.Judge(evaluator.DigitNet(10, 8).eval(), "", None)
+    judge = judge_of("digits", evaluator.DigitNet(10, 8).eval())
     x = digits.images[:300] / 127.5 - 1
     found, features = judge.with_features(x)
     assert features.shape == (300, 16) and not features.requires_grad
@@ -171,31 +186,23 @@ def test_features_are_what_the_last_layer_takes(digits):
 
 
 def test_score_digits_by_hand(digits):
-    """A judge that reads the class off the first pixel, and two features off the next ones."""
-    class Net(nn.Module):
-        size = 32
-
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Identity()
-
-        def forward(self, x):
-            self.fc(x[:, 0, 0, 1:3].double())
-            return nn.functional.one_hot((x[:, 0, 0, 0] * 9).round().long().clamp(0), 10).float()
-
-    judge, seen = evaluator.Judge(Net(), "", None), []
+    """The judge reads the class from the first pixel, and two features from the next ones."""
+    net = Reader(lambda x: nn.functional.one_hot((x[:, 0, 0, 0] * 9).round().long().clamp(0), 10).float(),
+                 lambda x: x[:, 0, 0, 1:3])
+    net.size, made = 32, []
+    judge = judge_of("digits", net)
 
     def sample(n, g):
         x = torch.rand(n, 1, 32, 32, generator=g)
         x[:, 0, 0, 0] = (x[:, 0, 0, 0] ** 2 * 10).floor() / 9
-        seen.append(x)
-        return x
+        made.append(x)
+        return x, None
 
     real = torch.randint(0, 256, (700, 1, 32, 32), generator=torch.Generator().manual_seed(5)).byte()
     state = torch.get_rng_state()
-    result = evaluator.score_digits(sample, judge, evaluator.real_moments(judge, real, CPU), 1200, 2, 3)
+    result = evaluator.score(sample, judge, 1200, 2, 3, real=judge.moments(real))
     assert torch.equal(torch.get_rng_state(), state)
-    draws = [torch.cat(seen[:3]), torch.cat(seen[3:])]  # 500 + 500 + 200 each
+    draws = [torch.cat(made[:3]), torch.cat(made[3:])]  # 500 + 500 + 200 each
     rows = []
     for x in draws:
         assert len(x) == 1200
@@ -205,22 +212,22 @@ def test_score_digits_by_hand(digits):
         fd = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * cross)
         tv = 0.5 * abs(counts / 1200 - 0.1).sum().item()
         rows.append((fd, scipy.stats.chisquare(counts).statistic, tv))
-    for name, column in zip(("FD (judge)", "chi2", "TV"), np.array(rows).T):
+    for name, column in zip(("FD (judge)", "chi2", "TV"), np.array(rows).T, strict=True):
         assert result[name] == pytest.approx((column.mean(), column.std(ddof=1)), rel=1e-5), name
     assert sum(result["histogram"][0]) == pytest.approx(1)
-    one = evaluator.score_digits(sample, judge, evaluator.real_moments(judge, real, CPU), 1200, 1, 3)
+    one = evaluator.score(sample, judge, 1200, 1, 3, real=judge.moments(real))
     assert one["FD (judge)"] == (pytest.approx(rows[0][0], rel=1e-5), 0.0)  # the first draw again
 
 
 def test_real_digits_are_near_and_noise_is_far(digits):
     torch.manual_seed(0)
-    judge = evaluator.Judge(evaluator.DigitNet(10, 8).eval(), "", None)
-    real = evaluator.real_moments(judge, digits.test_images, CPU)
-    near = evaluator.score_digits(lambda n, g: digits.images[:n] / 127.5 - 1, judge, real, 400, 1, 0)
-    far = evaluator.score_digits(lambda n, g: torch.rand(n, 1, 28, 28, generator=g), judge, real, 400, 1, 0)
+    judge = judge_of("digits", evaluator.DigitNet(10, 8).eval())
+    real = judge.moments(digits.test_images)
+    near = evaluator.score(digits.training_sample, judge, 400, 1, 0, real=real)
+    far = evaluator.score(lambda n, g: (torch.rand(n, 1, 28, 28, generator=g), None), judge, 400, 1, 0, real=real)
     assert 0 < near["FD (judge)"][0] < 0.1 * far["FD (judge)"][0]
     with pytest.raises(NotFinite, match="not finite"):
-        evaluator.score_digits(lambda n, g: torch.full((n, 1, 28, 28), torch.nan), judge, real, 400, 1, 0)
+        evaluator.score(lambda n, g: (torch.full((n, 1, 28, 28), torch.nan), None), judge, 400, 1, 0)
 
 
 def test_fid_is_the_distance_of_inception_s_features(digits):
@@ -234,7 +241,7 @@ def test_fid_is_the_distance_of_inception_s_features(digits):
             return torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3))], 1)
 
     fakes = digits.images[:300] / 127.5 - 1
-    mean, std = evaluator.score_fid(lambda n, g: fakes[torch.randint(300, (n,), generator=g)], Net(),
+    mean, std = evaluator.score_fid(lambda n, g: (fakes[torch.randint(300, (n,), generator=g)], None), Net(),
                                     digits.test_images, 250, 2, 0)
     g = torch.Generator().manual_seed(0)
     values = []
@@ -272,81 +279,84 @@ def test_the_narrow_judge_has_the_same_layers():
 
 def test_attributes_are_counted_by_hand():
     groups = ((0, 1, 2), (3, 4))
-    seen = torch.tensor([[.2, .1, .3, .4, .6],  # third, second
+    read = torch.tensor([[.2, .1, .3, .4, .6],  # third, second
                          [.9, .8, .7, .1, .0],  # first, first: more than one above a half
                          [.1, .2, .1, .3, .2]])
     labels = torch.tensor([[0, 0, 1, 0, 1], [0, 1, 0, 1, 0], [0, 1, 0, 1, 0]])
-    assert evaluator.decide(seen, groups).tolist() == [[0, 0, 1, 0, 1], [1, 0, 0, 1, 0], [0, 1, 0, 1, 0]]
-    found = evaluator.count_attributes(seen, labels, groups)
+    assert evaluator.decide(read, groups).tolist() == [[0, 0, 1, 0, 1], [1, 0, 0, 1, 0], [0, 1, 0, 1, 0]]
+    found = evaluator.count_attributes(read, labels, groups)
     assert found["accuracy"] == pytest.approx(5 / 6) and found["exact"] == pytest.approx(2 / 3)
     assert found["by attribute"].tolist() == pytest.approx([2 / 3, 1])
-    assert evaluator.decide(seen, ()).tolist() == [[0, 0, 0, 0, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
-    found = evaluator.count_attributes(seen, labels, ())
+    assert evaluator.decide(read, ()).tolist() == [[0, 0, 0, 0, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
+    found = evaluator.count_attributes(read, labels, ())
     right = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 0, 0, 1], [1, 0, 1, 0, 1]])
     assert found["accuracy"] == pytest.approx(right.double().mean().item()) and found["exact"] == 0
     assert found["by attribute"].tolist() == pytest.approx(right.double().mean(0).tolist())
 
 
-class Pixels(nn.Module):
-    """Sees the first pixel's three channels as three attributes; its features are two of the next pixel's."""
-    size = 8
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Identity()
-
-    def forward(self, x):
-        self.fc(x[:, :2, 0, 1].double())
-        return x[:, :, 0, 0] / 2 + 0.5
-
-
-def test_faces_are_scored_with_the_labels_that_they_were_asked_for():
-    judge, asked, made = evaluator.Judge(Pixels(), "", None), [], []
+def test_faces_are_scored_with_their_requested_labels():
+    """The judge reads three attributes from the first pixel's channels, two features from the next pixel's."""
+    net = Reader(lambda x: x[:, :, 0, 0] / 2 + 0.5, lambda x: x[:, :2, 0, 1])
+    net.size, requested, made = 8, [], []
+    judge = judge_of("faces", net)
 
     def sample(n, g):
         x, y = torch.rand(n, 3, 8, 8, generator=g) * 2 - 1, torch.randint(2, (n, 3), generator=g)
         x[:, :, 0, 0] = torch.where(torch.rand(n, 3, generator=g) < 0.8, y * 2.0 - 1, 1.0 - y * 2)
-        made.append(x), asked.append(y)
+        made.append(x), requested.append(y)
         return x, y
 
     real = torch.randint(0, 256, (300, 3, 8, 8), generator=torch.Generator().manual_seed(5)).byte()
-    moments = evaluator.real_moments(judge, real, CPU)
-    state = torch.get_rng_state()
-    result = evaluator.score_faces(sample, judge, moments, (), 600, 2, 3)
+    moments, state = judge.moments(real), torch.get_rng_state()
+    result = evaluator.score(sample, judge, 600, 2, 3, (), moments)
     assert torch.equal(torch.get_rng_state(), state) and [len(x) for x in made] == [250, 250, 100] * 2
     values = []
     for draw in range(2):
-        x, y = torch.cat(made[3 * draw:3 * draw + 3]), torch.cat(asked[3 * draw:3 * draw + 3])
+        x, y = torch.cat(made[3 * draw:3 * draw + 3]), torch.cat(requested[3 * draw:3 * draw + 3])
         right = ((x[:, :, 0, 0] > 0).long() == y).double()
         ours = fid.Moments()
         ours.update(x[:, :2, 0, 1].double())
         values.append((evaluator.distance(moments, ours), right.mean().item(), right.prod(1).mean().item()))
-    for name, column in zip(("FD (judge)", "accuracy", "exact"), np.array(values).T):
+    for name, column in zip(("FD (judge)", "accuracy", "exact"), np.array(values).T, strict=True):
         assert result[name] == pytest.approx((column.mean(), column.std(ddof=1)), rel=1e-4), name
     assert 0.75 < result["accuracy"][0] < 0.85 and result["accuracy"][1] > 0
     assert len(result["by attribute"][0]) == 3
-    made.clear()
-    alone = evaluator.score_distance(lambda n, g: sample(n, g)[0], judge, moments, 600, 2, 3)
-    assert alone == pytest.approx(result["FD (judge)"])
+    alone = evaluator.score(lambda n, g: (sample(n, g)[0], None), judge, 600, 2, 3, real=moments)
+    assert list(alone) == ["FD (judge)"] and alone["FD (judge)"] == pytest.approx(result["FD (judge)"])
 
 
 def test_a_judge_of_faces_learns_their_attributes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data = load_faces("drawn", 32, "blonde hair,black hair,with glasses", n_drawn=400)
-    judge = evaluator.get_judge("auto", data, 8, 80, CPU)
+    data = load_faces(settings(attributes="blonde hair,black hair,with glasses", n_synthetic=400))
+    judge = get_judge(data, 8, 80)
     chance = torch.maximum(data.test_labels.double().mean(0), 1 - data.test_labels.double().mean(0)).mean()
     assert judge.held_out["accuracy"] > chance + 0.05 and judge.held_out["exact"] < judge.held_out["accuracy"]
     found = evaluator.count_attributes(judge(data.test_images / 127.5 - 1), data.test_labels, ())
     assert found["accuracy"] == pytest.approx(judge.held_out["accuracy"])
     monkeypatch.setattr(evaluator, "train_judge", None)  # it is kept
-    assert evaluator.get_judge("auto", data, 8, 80, CPU).held_out == judge.held_out
-    with pytest.raises(UserError, match="tells 3 classes apart"):
-        evaluator.get_judge(str(next((tmp_path / "data" / "judges").iterdir())),
-                            load_faces("drawn", 32, "blonde hair", n_drawn=400), 8, 80, CPU)
+    assert get_judge(data, 8, 80).held_out == judge.held_out
+    other = load_faces(settings(attributes="blonde hair", n_synthetic=400))
+    with pytest.raises(UserError, match="has 3 classes, the data has 1"):
+        get_judge(other, judge=next((tmp_path / "data" / "judges").iterdir()))
 
 
 def test_names_of_attributes_and_groups():
-    data = Faces("", *[torch.zeros(1)] * 4, ("a", "b", "c", "d"), ((0, 1, 2), (3,)), "")
+    data = Data("", "faces", "", torch.zeros(1, 3, 8, 8), torch.zeros(1, 4), ("a", "b", "c", "d"), "",
+                groups=((0, 1, 2), (3,)))
     assert evaluator.attribute_names(data) == ["a … c", "d … d"]
     data.groups = ()
     assert evaluator.attribute_names(data) == ["a", "b", "c", "d"]
+
+
+def test_the_command_line_trains_a_judge_and_tests_it_on_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluator, "load_digits", lambda cfg, size, load=evaluator.load_digits: load(
+        settings(data=cfg.data, n_synthetic=60), size))
+    monkeypatch.setattr("sys.argv", "evaluator.py digits --data synthetic --judge-width 8 --judge-steps 2 "
+                        "--also synthetic --device cpu".split())
+    evaluator.main()
+    assert "11 test images of synthetic digits: accuracy 0." in capsys.readouterr().out
+    for argv, message in (("scenes --also mnist", "--also is for digits"), ("digits --judge-steps 0", "at least 1")):
+        monkeypatch.setattr("sys.argv", ["evaluator.py", *argv.split()])
+        with pytest.raises(UserError, match=message):
+            evaluator.main()

@@ -1,4 +1,5 @@
 """InfoGAN: networks against the write-up's numbers, Q's losses, its grids, and the meaning of its codes."""
+import json
 import math
 
 import pytest
@@ -135,12 +136,7 @@ class FirstPixel(nn.Module):
     """Reads the digit from the first pixel."""
     size = 32
 
-    def __init__(self):
-        super().__init__()
-        self.fc, self.weight = nn.Identity(), nn.Parameter(torch.zeros(1))
-
     def forward(self, x):
-        self.fc(x[:, 0, 0, :2])
         return nn.functional.one_hot(x[:, 0, 0, 0].round().long(), 10).float()
 
 
@@ -187,6 +183,12 @@ def test_pictures_and_scores_of_a_run(here):
         with Image.open(folder / f"{name}.png") as grid:
             assert grid.width == columns * 66 + 2
     assert {"accuracy_code", "q_category", "q_continuous"} < rows_of(folder)[-1].keys()
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    last, summary = scores["last"], scores["summary"]
+    assert list(summary) == ["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)"]
+    assert summary["a code ~ width"][0] == max(abs(last[f"code {c} ~ width"][0]) for c in (1, 2))
+    assert 0.1 <= last["code → digit"][0] <= 1 and len(last["digit"][0]) == len(last["purity"][0]) == 10
+    assert {"Q's category → class", "Q's code 2 ~ width"} < last.keys()
 
 
 def test_bad_values(refuses):

@@ -1,372 +1,281 @@
-"""The command line, the run folder and the checkpoints, without a network."""
-import csv
+"""The command line, the run folder and the checkpoints, with a network of one layer."""
 import json
 import math
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 import torch
 from PIL import Image
 
-from common import run
-from sngan_iclevr import QUICK, Config
+from common import cli, system
+from common.errors import NotFinite, Stopped, UserError, exit_status
+from common.run import Run
+from tests.conftest import rows_of
 
 
 @dataclass
-class Small:
+class Small(cli.Settings):
     iters: int = 10  # how long
-    device: str = "cpu"  # on what
     lr: float = 0.5  # how fast
     loss: Literal["a", "b"] = "a"  # which one
+    size: Literal[32, 64] = 32  # how large
     trick: bool = True  # 50% more
-    log_every: int = 5  # how often
-    out: str = ""  # where
+    ema: float = 0.0  # how slow
+    device: str = "cpu"  # on what
 
 
-def parse(*argv, config=Small, quick=None):
-    return run.parse(config, quick or {}, "text", list(argv))
+def parse(*argv, quick=None):
+    return cli.parse(Small, quick or {}, "text", list(argv))
 
+
+# ---------------------------------------------------------------------- the command line
 
 def test_flags_are_the_fields_and_help_their_comments(capsys):
-    action, cfg, folder = parse("--iters", "3", "--no-trick", "--loss", "b")
-    assert (action, folder) == ("train", None) and cfg == Small(iters=3, trick=False, loss="b")
+    args = "--iters 1 --no-trick --loss b --size 64 --lr 0 --ema 0.999 --log-every 0".split()
+    changed = dict(iters=1, trick=False, loss="b", size=64, lr=0, ema=0.999, log_every=0)
+    assert parse(*args) == ("train", Small(**changed), None)
+    quick = dict(iters=3, lr=9.0)  # a preset, which flags override
+    assert parse("--quick", "--iters", "5", quick=quick)[1] == Small(iters=5, lr=9.0)
+    assert parse("--iters", "5", quick=quick)[1] == Small(iters=5)
     with pytest.raises(SystemExit) as left:
         parse("--help")
-    text = capsys.readouterr().out
-    assert left.value.code == 0
-    for part in ("how long (default: 10)", "which one (default: a)", "50% more", "--no-trick"):
-        assert part in text
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("how long (default: 10)", "which one (default: a)", "50% more", "--no-trick", "{32,64}",
+                 "of weights, noise and the order of batches (default: 0)"):
+        assert left.value.code == 0 and part in text
 
 
-def test_every_field_of_the_script_has_a_comment(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help", config=Config)
-    assert " (default:" in capsys.readouterr().out
-    import inspect
-    import re
-    lines = [line for line in inspect.getsource(Config).splitlines() if re.match(r"    \w+:", line)]
-    assert lines and all("#" in line for line in lines)
+@pytest.mark.parametrize("argv, message", [
+    ("--iters 0", "--iters 0: must be at least 1"), ("--iters -3", "--iters -3: must be at least 1"),
+    ("--lr -1", "--lr -1.0: must be at least 0"), ("--lr nan", "--lr nan"), ("--lr inf", "--lr inf"),
+    ("--log-every -1", "--log-every -1: must be at least 0"), ("--seed -1", "--seed -1: must be at least 0"),
+    ("--ema 1", "--ema 1.0: must be below 1"), ("--lr x", "invalid float value"), ("--size 48", "invalid choice"),
+    ("--loss c", "invalid choice"), ("--nothing 1", "unrecognized arguments: --nothing"),
+    ("--ite 3", "unrecognized arguments: --ite"), ("--sample a --eval b", "not allowed with")])
+def test_refused_command_lines(argv, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        parse(*argv.split())
+    assert "\n" not in str(error.value)
 
 
-def test_quick_is_a_preset_that_flags_override():
-    cfg = parse("--quick", "--ch", "5", config=Config, quick=QUICK)[1]
-    assert cfg.iters == QUICK["iters"] and cfg.ch == 5 and cfg.lr_g == QUICK["lr_g"]
-
-
-def test_defaults_are_the_write_up_s():
-    cfg = Config()
-    assert (cfg.iters, cfg.batch_size, cfg.n_dis, cfg.lr_g, cfg.lr_d, cfg.ch) == (
-        30_000,
-        64,
-        4,
-        3e-4,
-        1e-4,
-        64,
-    )
-    assert (cfg.z_dim, cfg.image_size, cfg.add_noise, cfg.relativistic, cfg.flip_labels) == (
-        128,
-        64,
-        True,
-        False,
-        0,
-    )
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--iters", "0"],
-        ["--iters", "-3"],
-        ["--lr", "-1"],
-        ["--lr", "nan"],
-        ["--lr", "x"],
-        ["--loss", "c"],
-        ["--nothing", "1"],
-        ["--log-every", "-1"],
-        ["--ite", "3"],
-    ],
-)
-def test_values_out_of_range_are_refused(argv):
-    with pytest.raises(run.UserError):
-        parse(*argv)
-
-
-def stored(folder, script="test_run.py", **changes):
+def stored(folder, script="test_run.py", **changes) -> str:
     folder.mkdir()
-    values = vars(Small()) | changes
-    (folder / "config.json").write_text(json.dumps({"script": script, "config": values}))
+    (folder / "config.json").write_text(json.dumps({"script": script, "config": vars(Small()) | changes}))
     return str(folder)
 
 
-def test_resume_takes_the_stored_config_and_longer_iters(tmp_path):
+def test_a_stored_config_with_the_fields_that_may_change(tmp_path):
     folder = stored(tmp_path / "a", lr=0.25)
-    action, cfg, where = parse("--resume", folder, "--iters", "20", "--log-every", "1", "--lr", "0.25")
-    assert action == "resume" and str(where) == folder and cfg == Small(iters=20, lr=0.25, log_every=1)
+    found = parse("--resume", folder, "--iters", "20", "--log-every", "1", "--lr", "0.25")
+    assert found == ("resume", Small(iters=20, lr=0.25, log_every=1), Path(folder))
+    found = parse("--sample", folder, "--seed", "3", "--judge", "none")
+    assert found == ("sample", Small(lr=0.25, seed=3, judge="none"), Path(folder))
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--lr", "0.5"], "lr is 0.25 there and 0.5 here"),
-        (["--no-trick", "--loss", "b"], "trick is True there.*loss is 'a' there"),
-        (["--quick"], "--quick is for a new run"),
-        (["--iters", "0"], "--iters 0"),
-    ],
-)
-def test_resume_refuses_another_config_and_names_the_fields(tmp_path, argv, message):
-    with pytest.raises(run.UserError, match=message):
-        parse("--resume", stored(tmp_path / "a", lr=0.25), *argv)
+@pytest.mark.parametrize("argv, message", [
+    ("--resume --lr 0.5", "--lr is 0.25 there, 0.5 here"),
+    ("--resume --no-trick --loss b", "--trick is True there, False here, --loss is 'a' there, 'b' here"),
+    ("--resume --seed 1", "--seed is 0 there, 1 here"), ("--eval --iters 20", "--iters is 10 there, 20 here"),
+    ("--resume --quick", "--quick is for a new run"), ("--resume --iters 0", "--iters 0: must be at least 1"),
+    ("--eval --judge none", "--eval needs a judge")])
+def test_other_changes_are_refused_and_named(tmp_path, argv, message):
+    action, *rest = argv.split()
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(action, stored(tmp_path / "a", lr=0.25), *rest)
 
 
 def test_folders_that_are_no_run_of_this_script(tmp_path):
-    with pytest.raises(run.UserError, match="is no run"):
-        parse("--resume", str(tmp_path))
-    with pytest.raises(run.UserError, match="is a run of vae_celeba.py"):
-        parse("--sample", stored(tmp_path / "b", script="vae_celeba.py"))
-    with pytest.raises(run.UserError, match="other fields.*more"):
-        parse("--eval", stored(tmp_path / "c", more=1))
-    folder = stored(tmp_path / "d")
-    (tmp_path / "d" / "config.json").write_text("{")
-    with pytest.raises(run.UserError, match="not a run's config"):
-        parse("--resume", folder)
+    for folder, message in ((str(tmp_path), "is not a run: it has no config.json"),
+                            (stored(tmp_path / "b", script="vae_celeba.py"), "is a run of vae_celeba.py, not of"),
+                            (stored(tmp_path / "c", more=1), r"another version of .* \(fields \['more'\]\)")):
+        with pytest.raises(UserError, match=message):
+            parse("--resume", folder)
+    for text in ("{", "[]", '{"config": {}}'):
+        (tmp_path / "b" / "config.json").write_text(text)
+        with pytest.raises(UserError, match="config.json can't be read .*written by test_run.py"):
+            parse("--resume", str(tmp_path / "b"))
 
+
+# ---------------------------------------------------------------------- files, devices, exit status
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "x.txt"
-    run.write_whole(path, lambda p: p.write_text("old"))
+    system.write_whole(path, lambda p: p.write_text("old"))
 
     def half(p):
         p.write_text("ne")
         raise OSError("disk full")
     with pytest.raises(OSError):
-        run.write_whole(path, half)
+        system.write_whole(path, half)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_checkpoint_with_weights_that_are_not_finite_is_not_written(tmp_path):
-    path = tmp_path / "last.pt"
-    run.save_checkpoint(path, {"step": 1, "G": {"w": torch.ones(2)}})
-    with pytest.raises(run.NotFinite, match="G.w is not finite at step 2"):
-        run.save_checkpoint(path, {"step": 2, "G": {"w": torch.tensor([1.0, float("nan")])}})
-    assert run.load_checkpoint(path, "cpu")["step"] == 1
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(run.UserError, match="can't be read as a checkpoint"):
-        run.load_checkpoint(path, "cpu")
-
-
-def new_run(tmp_path, step=0, resume=None, **changes):
-    cfg = Small(out="" if resume else str(tmp_path / "r"), **changes)
-    return run.Run(cfg, "x.py", "x", resume, step, ["loss", "accuracy"])
-
-
-def test_rows_and_pictures_after_the_checkpoint_are_dropped_on_resume(tmp_path):
-    folder = new_run(tmp_path).folder
-    with new_run(tmp_path, resume=folder) as r:
-        for step in (5, 10, 15):
-            r.log(step, loss=step / 3)
-            r.picture(step, torch.zeros(2, 1, 8, 8), "a title")
-    for name in (".last.123.pt", "samples/.step_0000010.123.png"):  # what SIGKILL leaves
-        (folder / name).write_bytes(b"half")
-    (folder / "scores.json").write_text("{}")  # of the end before
-    with open(folder / "metrics.csv", "a") as table:
-        table.write("1")  # of a step 15 or so: a full disk cut it off
-    again = new_run(tmp_path, step=10, resume=folder)
-    rows = list(csv.DictReader(open(folder / "metrics.csv")))
-    assert [r["step"] for r in rows] == ["5", "10"] and rows[0]["accuracy"] == ""
-    assert float(rows[1]["loss"]) == pytest.approx(10 / 3, rel=1e-5)
-    assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step_0000005.png", "step_0000010.png"]
-    assert not list(folder.glob(".*")) and not (folder / "scores.json").exists()
-    again.draw_progress("a title")
-    with Image.open(folder / "progress.gif") as gif:
-        assert gif.n_frames == 2 or gif.n_frames == 1  # equal pictures may be one frame
-    assert (folder / "curves.png").exists() == bool(run.plt)
-
-
-def test_an_existing_folder_is_never_written_over(tmp_path, monkeypatch):
-    new_run(tmp_path)
-    with pytest.raises(run.UserError, match="exists already"):
-        new_run(tmp_path)
+def test_a_run_never_takes_a_folder_with_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = []
-    for _ in range(3):
-        names.append(run.free_folder("", "dcgan").name)
-        (tmp_path / "runs" / names[-1]).mkdir(parents=True)
-    assert names == ["dcgan", "dcgan-2", "dcgan-3"]
-
-
-def test_a_folder_that_holds_no_run_is_taken_and_one_that_cannot_be_made_is_an_error(tmp_path, monkeypatch):
-    left = tmp_path / "left"  # killed between the folder's making and config.json's
+    for expected in ("runs/gan", "runs/gan-2", "runs/gan-3"):
+        assert system.free_folder("", "gan") == Path(expected)
+        Path(expected).mkdir(parents=True)
+    left, picture = Path("left"), Path("left/samples/step_0000001.png")
     (left / "samples").mkdir(parents=True)
-    (left / ".config.json.77").touch()
-    assert run.free_folder(str(left), "") == left
-    (left / "samples" / "step_0000001.png").touch()
-    with pytest.raises(run.UserError, match="exists already"):
-        run.free_folder(str(left), "")
-    with pytest.raises(run.UserError, match="exists already"):
-        run.free_folder(str(left / "samples" / "step_0000001.png"), "")
-    with pytest.raises(run.UserError, match="step_0000001.png is not a folder that can be written to"):
-        run.free_folder(str(left / "samples" / "step_0000001.png" / "here"), "")
-    monkeypatch.setattr(run.os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(run.UserError, match="not a folder that can be written to"):
-        run.free_folder(str(tmp_path / "two" / "levels"), "")
+    (left / ".config.77.json").touch()  # killed between the folder's making and config.json's
+    assert system.free_folder("left", "") == left
+    picture.touch()
+    for out in (left, picture):
+        with pytest.raises(UserError, match="already exists, and a run is never overwritten"):
+            system.free_folder(str(out), "")
+    with pytest.raises(UserError, match="step_0000001.png is not a writable folder"):
+        system.free_folder(str(picture / "here"), "")
+    monkeypatch.setattr(system.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match="is not a writable folder"):
+        system.free_folder(str(tmp_path / "two" / "levels"), "")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with new_run(tmp_path) as r, pytest.raises(run.NotFinite, match="loss is nan at step 5"):
-        r.log(5, loss=float("nan"))
+def test_devices_and_what_figures_depend_on():
+    for name in ("cuda:99", "abacus"):
+        with pytest.raises(UserError, match=f"--device {name} is not available .*use --device cpu$"):
+            system.pick_device(name)
+    found = system.circumstances(system.pick_device("cpu"))
+    assert found["torch"] == torch.__version__ and "thread" in found["hardware"] and found["commit"]
 
 
-def test_signals_ask_first_and_insist_second(tmp_path):
-    before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in a shell's background
-    with new_run(tmp_path) as r:
-        assert r.signal is None
-        signal.raise_signal(signal.SIGTERM)
-        assert r.signal == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize("error, status", [(None, 0), (run.UserError("x"), 2), (run.NotFinite("x"), 3),
-                                           (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize("error, status", [(None, 0), (UserError("x"), 2), (NotFinite("x"), 3),
+                                           (KeyboardInterrupt(), 130), (Stopped("x", signal.SIGTERM), 143)])
 def test_exit_status(error, status, capsys):
     def main():
         if error:
             raise error
-    with pytest.raises(SystemExit) as left:
-        run.entry(main)
-    assert left.value.code == status
-    if status in (2, 3):
-        assert capsys.readouterr().err == "error: x\n"
+    assert exit_status(main) == status
+    assert capsys.readouterr().err == ("error: x\n" if status in (2, 3) else "")
 
 
-def test_a_grid_shows_the_images_and_a_title(tmp_path):
-    images = torch.stack([torch.full((3, 64, 64), v) for v in (-1.0, 0.0, 1.0)])
-    run.save_grid(tmp_path / "g.png", images, "a title that is long enough to need a second line", nrow=3)
-    with Image.open(tmp_path / "g.png") as grid:
-        assert grid.width == 3 * 66 + 2 and grid.height > 66 + 2 + 14
-        below = grid.height - 34
-        assert [grid.getpixel((34 + 66 * i, below)) for i in range(3)] == [(0,) * 3, (128,) * 3, (255,) * 3]
-        title = grid.crop((0, 0, grid.width, grid.height - 68)).convert("L")
-        assert title.getextrema()[0] < 100  # ink
+# ---------------------------------------------------------------------- a run
+
+def train(folder: Path, action="train", at=lambda *_: None, **fields) -> SimpleNamespace:
+    """A run whose G gains 1 a step, with loss = step; the score -|step - 4| is best at 4, if it is due there.
+    at(step, run, parts) is called in each iteration. → the run, steps made, checkpoints found."""
+    G, made = torch.nn.Linear(1, 1), []
+    torch.nn.init.zeros_(G.weight)
+    parts = dict(G=G, opt=torch.optim.Adam(G.parameters(), 1e-9))
+    cfg = Small(out=str(folder), **dict(log_every=2, sample_every=5, eval_every=3, save_every=4) | fields)
+    with Run(cfg, Path("x.py"), action, None if action == "train" else folder) as run:
+        run.track(SimpleNamespace(name="dots", source="dots", digest="d1"), **parts)
+        for step in run.steps():
+            made.append(step)
+            G(torch.ones(1, 1)).sum().backward()
+            parts["opt"].step()
+            G.weight.data += 1
+            run.record(loss=torch.tensor(float(step)))
+            if run.due("sample"):
+                run.picture(torch.full((2, 1, 8, 8), step / 10 - 1), "a title")
+            if run.due("eval"):
+                run.score(best=-abs(step - 4), accuracy=-abs(step - 4))
+            at(step, run, parts)
+        found = [(name, step, round(G.weight.item())) for name, step in run.checkpoints("last", "best")]
+    return SimpleNamespace(run=run, made=made, found=found)
 
 
-# ------------------------------------------------------------------------------------------ several runs
-
-def test_a_sweep_is_every_combination_in_a_folder_of_its_own():
-    action, configs, folder = parse("--sweep", "lr=0.1,1e-2", "trick=true,false", "loss=b", "--iters", "3",
-                                    "--out", "x")
-    assert action == "sweep" and folder is None and all(c.iters == 3 and c.loss == "b" for c in configs)
-    assert [(c.lr, c.trick) for c in configs] == [(0.1, True), (0.1, False), (0.01, True), (0.01, False)]
-    assert [c.out for c in configs][:2] == ["x/lr=0.1,trick=true,loss=b", "x/lr=0.1,trick=false,loss=b"]
-    assert parse("--sweep", "iters=2", "--quick", quick={"lr": 9.0})[1][0] == \
-        Small(iters=2, lr=9.0, out="runs/test_run-sweep/iters=2")
+def step_of(folder: Path) -> int:
+    return torch.load(folder / "last.pt", weights_only=True)["step"]
 
 
-def test_a_sweep_of_variants_is_named_by_them():
-    variants = {"plain": {}, "low": dict(lr=0.01, trick=False)}
-
-    def configs(*argv):
-        return run.parse(Small, {}, "text", ["--sweep", *argv], variants)[1]
-    assert [(c.lr, c.trick, c.out) for c in configs("variants", "--out", "x")] == \
-        [(Small.lr, Small.trick, "x/plain"), (0.01, False, "x/low")]
-    assert [c.out for c in configs("--out", "x")] == ["x/plain", "x/low"]  # --sweep alone
-    with pytest.raises(run.UserError, match="--lr with --sweep variants: the variants set it"):
-        configs("--lr", "0.5")  # "plain" would have it too
-    assert [(c.loss, c.out) for c in configs("variants", "loss=a,b", "--iters", "3", "--out", "x")][2:] == \
-        [("a", "x/low,loss=a"), ("b", "x/low,loss=b")]
-    for argv in (["variants", "lr=1"], ["lr=1", "variants"], ["variants", "variants"]):
-        with pytest.raises(run.UserError, match="give each field.* or the word variants"):
-            configs(*argv)
+def test_one_row_a_step_in_a_table_whose_columns_grow(tmp_path, capsys):
+    train(tmp_path / "r", iters=7)
+    assert rows_of(tmp_path / "r") == [  # losses are means since the last row that has them
+        {"step": 2, "loss": 1.5}, {"step": 3, "accuracy": -1}, {"step": 4, "loss": 3.5},
+        {"step": 6, "loss": 5.5, "accuracy": -2}, {"step": 7, "loss": 7, "accuracy": -3}]
+    lines = (tmp_path / "r" / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "step,seconds,loss,accuracy" and all(line.count(",") == 3 for line in lines)
+    assert re.search(r"^step 6/7  loss 5.500  \d+\.\d\d it/s  0:00:00 left$", capsys.readouterr().out, re.M)
 
 
-@pytest.mark.parametrize("argv, message", [
-    ([], "give each field"), (["variants"], "give each field"), (["lr"], "give each field"),
-    (["rate=1"], "give each field"),
-    (["out=a,b"], "give each field"),
-    (["lr=1", "lr=2"], "give each field"), (["lr=1,x"], "invalid float value"),
-    (["loss=c"], "invalid choice"), (["trick=maybe"], "ignored explicit argument"),
-    (["iters=2,0"], "--iters 0: must be at least 1"),
-])
-def test_refused_sweeps(argv, message):
-    with pytest.raises(run.UserError, match=message) as error:
-        parse("--sweep", *argv)
-    assert "\n" not in str(error.value)
+def test_checkpoints_hold_all_that_is_tracked_and_best_only_improves(tmp_path):
+    folder = tmp_path / "r"
+    done = train(folder, iters=9, seed=3)
+    assert done.found == [("last", 9, 9), ("best", 3, 3)]
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert state.keys() == {"G", "opt", "step", "best", "means", "data", "rng", "config"}
+    assert (state["data"], state["best"], state["config"]["iters"]) == ("d1", -1, 9)
+    again = train(folder, "sample", seed=5)
+    assert again.found == [("best", 3, 3)]  # without scores only the one that is pictured
+    assert again.run.title(SimpleNamespace(name="dots"), "ch 4") == "x on dots, ch 4, seed 3"  # the training's
+    assert train(folder, "eval").found == done.found
+    (folder / "best.pt").write_bytes(b"half")
+    with pytest.raises(UserError, match="best.pt can't be read .*a checkpoint of this run"):
+        train(folder, "eval")
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    with pytest.raises(UserError, match="has no checkpoint yet: continue it with --resume"):
+        train(folder, "sample")
 
 
-def trained(calls, fail=None):
-    """A stand-in for a script's train, which leaves what it leaves."""
-    def train(cfg, resume=None):
-        calls.append((cfg.out, resume))
-        if cfg.lr == fail:
-            raise run.NotFinite("d_loss is nan")
-        with run.Run(cfg, "test_run.py", "x", resume, 0, ["loss", "accuracy"]) as r:
-            for step in (2, 4):
-                r.log(step, loss=1.0)
-            r.log(4, accuracy=0.5)
-        scores = {"summary": {"accuracy": [cfg.lr, 0.125], "n": 7}}
-        (r.folder / "scores.json").write_text(json.dumps(scores))
-        return 0
-    return train
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
+    folder, fields, kept = tmp_path / "r", dict(iters=16, save_every=12), {}
+    with pytest.raises(ZeroDivisionError):  # as a kill would: nothing is saved
+        train(folder, at=lambda step, *_: 1 / (15 - step), **fields)
+    assert rows_of(folder)[-1]["step"] == 14 and step_of(folder) == 12
+    for name in (".last.123.pt", "samples/.step_0000010.123.png"):  # what SIGKILL leaves
+        (folder / name).write_bytes(b"half")
+    (folder / "scores.json").write_text("{}")  # of an earlier end
+    with open(folder / "metrics.csv", "a") as table:
+        table.write("1")  # of a row that a full disk cut off
+
+    def look(step, *_):
+        kept.setdefault("rows", [row["step"] for row in rows_of(folder)])
+        kept.setdefault("files", {p.name for p in folder.rglob("*") if p.suffix in (".png", ".pt", ".json")})
+    done = train(folder, "resume", at=look, **fields)
+    assert done.made == [13, 14, 15, 16] and done.found[0] == ("last", 16, 16)
+    assert kept["rows"] == [2, 3, 4, 6, 8, 9, 10, 12]
+    assert kept["files"] == {"config.json", "last.pt", "best.pt", "step_0000005.png", "step_0000010.png"}
+    assert [row["step"] for row in rows_of(folder)] == [*kept["rows"], 14, 15, 16]
+    seconds = [float(line.split(",")[1]) for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+    assert seconds == sorted(seconds)
+    assert [s["from_step"] for s in json.loads((folder / "config.json").read_text())["sittings"]] == [0, 12]
+    assert train(folder, "resume", **fields).made == []  # nothing is left to do
+    assert train(folder, "resume", **fields | dict(iters=18)).made == [17, 18]
+    with Image.open(folder / "progress.gif") as gif:
+        assert gif.n_frames == 5  # 5, 10, 15, and 16 and 18, where runs ended
 
 
-def test_a_sweep_ends_in_one_table_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    calls = []
-    configs = parse("--sweep", "lr=0.1,0.25", "--out", "x")[1]
-    assert run.sweep(configs, trained(calls)) == 0 and len(calls) == 2
-    table = list(csv.reader(open("x/sweep.csv", newline="")))
-    assert table[0] == ["run", "accuracy", "n", "s / 1,000 its"]
-    assert [row[:3] for row in table[1:]] == [["lr=0.1", "0.1 ± 0.12", "7"], ["lr=0.25", "0.25 ± 0.12", "7"]]
-    assert "lr=0.25  0.25 ± 0.12  7" in capsys.readouterr().out
-    assert run.sweep(parse("--sweep", "lr=0.1,0.25", "--out", "x")[1], trained(calls)) == 0
-    assert len(calls) == 2  # both were finished
-    (tmp_path / "x/lr=0.25/scores.json").unlink()  # this one was not
-    run.sweep(parse("--sweep", "lr=0.1,0.25", "--out", "x")[1], trained(calls))
-    assert calls[2:] == [("x/lr=0.25", Path("x/lr=0.25"))]
-    run.sweep(parse("--sweep", "lr=0.1", "--out", "x", "--iters", "20")[1], trained(calls))  # longer
-    assert calls[3:] == [("x/lr=0.1", Path("x/lr=0.1"))]
-    with pytest.raises(run.UserError, match="loss is 'a' there and 'b' here"):
-        run.sweep(parse("--sweep", "lr=0.1", "--out", "x", "--loss", "b")[1], trained(calls))
+@pytest.mark.parametrize("spoil, message", [
+    (lambda run, parts: parts["G"].weight.data.fill_(math.nan), "G.weight is not finite at step 8"),
+    (lambda run, parts: parts["opt"].state[parts["G"].weight]["exp_avg"].fill_(math.inf),
+     "opt.state.0.exp_avg is not finite at step 8"),
+    (lambda run, parts: run.record(loss=torch.tensor(math.nan)), "loss is nan at step 8")])
+def test_what_is_not_finite_is_never_saved(tmp_path, spoil, message):
+    with pytest.raises(NotFinite, match=f"^{message}. last.pt keeps the last good state"):
+        train(tmp_path / "r", eval_every=0, at=lambda step, *parts: step == 8 and spoil(*parts))
+    assert step_of(tmp_path / "r") == 4
 
 
-def test_seeds_are_summed_up(tmp_path, monkeypatch, capsys):
-    @dataclass
-    class Seeded(Small):
-        seed: int = 0  # a seed
+def test_the_first_signal_ends_the_loop_and_the_second_the_iteration(tmp_path):
+    before, after = signal.getsignal(signal.SIGINT), []
 
-    def train(cfg, resume=None):
-        (tmp_path / cfg.out).mkdir(parents=True)
-        (tmp_path / cfg.out / "metrics.csv").write_text("step,seconds,loss\n1,1,0\n2,2,0\n")
-        scores = {"summary": {"accuracy": [cfg.lr * cfg.seed, 9.0]}}
-        if cfg.seed == 1:  # a score that the other seeds lack has no mean
-            scores["summary"]["FID"] = [1.0, 0.0]
-        (tmp_path / cfg.out / "scores.json").write_text(json.dumps(scores))
-        return 0
-
-    monkeypatch.chdir(tmp_path)
-    ways = ["--sweep", "lr=1,10", "seed=1,2,6", "--out", "x"]
-    assert run.sweep(parse(*ways, config=Seeded)[1], train) == 0
-    table = [row[:2] for row in csv.reader(open("x/sweep.csv", newline=""))]
-    assert len(table) == 1 + 6 + 2
-    assert table[-2:] == [["lr=1: 3 seeds", "3 ± 2.6"], ["lr=10: 3 seeds", "30 ± 26"]]  # 1, 2, 6
-    assert run.sweep(parse("--sweep", "seed=1,2", "--out", "y", config=Seeded)[1], train) == 0
-    assert "2 seeds" in capsys.readouterr().out.splitlines()[-1]
+    def stop(step, *_):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+            after.append(step)  # the iteration goes on
+    with pytest.raises(Stopped, match="stopped at step 3; to continue: x.py --resume") as stopped:
+        train(tmp_path / "a", at=stop)
+    assert after == [3] and stopped.value.args[1] == signal.SIGTERM and step_of(tmp_path / "a") == 3
+    assert train(tmp_path / "a", "resume").made == [4, 5, 6, 7, 8, 9, 10]
+    with pytest.raises(Stopped):
+        train(tmp_path / "b", at=lambda step, *_: (stop(3), stop(3)))
+    assert after == [3, 3] and not (tmp_path / "b" / "last.pt").exists()
+    with Run(Small(), Path("x.py")), pytest.raises(Stopped):  # outside of the loop
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_run_that_diverges_ends_no_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run.sweep(parse("--sweep", "lr=0.1,0.2,0.3", "--out", "x")[1], trained([], fail=0.2)) == 3
-    out = capsys.readouterr().out
-    assert "diverged: d_loss is nan" in out and "0.3 ± 0.12" in out and "0.1 ± 0.12" in out
-
-
-def test_seconds_per_iteration_leave_out_what_is_rare(tmp_path):
-    lines = ["step,seconds,loss,score", "10,2,1,", "20,4,1,", "20,9,,5", "30,11,1,", "40,13,1,"]
-    (tmp_path / "m.csv").write_text("\n".join(lines))
-    assert run.seconds_per_iteration(tmp_path / "m.csv") == pytest.approx(0.2)
-    (tmp_path / "m.csv").write_text(lines[0] + "\n")
-    assert math.isnan(run.seconds_per_iteration(tmp_path / "m.csv"))
+def test_what_is_due_and_bf16():
+    run = Run(Small(iters=7, log_every=3, save_every=0, precision="bf16"), Path("x.py"))
+    due = {what: [run.step for run.step in range(1, 8) if run.due(what)] for what in ("log", "save")}
+    assert due == {"log": [3, 6, 7], "save": []}  # the last iteration too, unless never
+    with run.autocast():
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
+    with Run(Small(), Path("x.py")).autocast():
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
