@@ -228,7 +228,7 @@ def switched(y: torch.Tensor, attribute: int, value: int, data: Data) -> torch.T
 
 @torch.no_grad()
 def save_pictures(make: Callable, data: Data, run: Run, title: str) -> None:
-    """Grids: samples, real beside generated, each attribute switched, all combinations; make(z, y) → images."""
+    """Grids: samples, real beside generated, each attribute switched, combinations; make(z, y) → images."""
     folder, g = run.folder, torch.Generator().manual_seed(run.cfg.seed)
     z, y = torch.randn(64, run.cfg.z_dim, generator=g), request(data, 64, g)
     save_grid(folder / "samples.png", make(z, y), title)
@@ -321,9 +321,6 @@ def main(run: Run) -> None:
         save_pictures(make, data, run, f"{title}, step {step}")
     if judge:
         evaluator.report(run, data, judge, scores, ["FD (judge)", "accuracy", "exact", "FID"])
-        print(f"\naccuracy of each attribute: {', '.join(scores)}")
-        for k, attribute in enumerate(evaluator.attribute_names(data)):
-            print(f"{attribute:<36}" + "".join(f"{s['by attribute'][0][k]:10.4f}" for s in scores.values()))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -288,21 +287,6 @@ KINDS = {
 }
 
 
-def match(codes: torch.Tensor, digits: torch.Tensor,
-          n_categories: int) -> tuple[list[int], float, torch.Tensor]:
-    """Match categories [N] one-to-one to digits [N] so that they agree most often.
-
-    Returns the digit of each category (-1: none is left), the share of N that agrees ("code → digit"), and
-    each category's purity [n_categories], the share of its most frequent digit.
-    """
-    counts = torch.zeros(n_categories, 10).index_put_((codes, digits), torch.ones(1), accumulate=True)
-    rows, columns = linear_sum_assignment(counts.numpy(), maximize=True)
-    assigned = dict(zip(rows.tolist(), columns.tolist(), strict=True))
-    agree = counts[rows, columns].sum() / len(codes)
-    purity = counts.max(1).values / counts.sum(1).clamp(min=1)
-    return [assigned.get(k, -1) for k in range(n_categories)], agree.item(), purity
-
-
 # ---------------------------------------------------------------------- scores of generated images
 
 def over_draws(measure: Callable[[torch.Generator], dict], draws: int, seed: int) -> dict[str, tuple]:
@@ -418,6 +402,11 @@ def report(run: Run, data: Data, judge: Judge, scores: dict[str, dict], columns:
     for name, row in rows.items():
         cells = [f"{row[c][0]:.4f} ± {row[c][1]:.4f}" if c in row else "-" for c in columns]
         print(f"{name:<{first}}" + "".join(f"{c:>22}" for c in cells))
+    if "by attribute" in row:
+        about["attributes"] = attribute_names(data)
+        print(f"\naccuracy of each attribute: {', '.join(scores)}")
+        for k, attribute in enumerate(about["attributes"]):
+            print(f"{attribute:<36}" + "".join(f"{s['by attribute'][0][k]:10.4f}" for s in scores.values()))
     summary = {c: row[c] for c in columns if c in row}
     run.write_scores(about | scores | {"summary": summary})
 

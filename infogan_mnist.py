@@ -27,7 +27,7 @@ from common.datasets import Batches, Data, load_digits, to_float
 from common.errors import UserError
 from common.pictures import save_grid
 from common.run import Run, launch
-from synthetic.digits import code_effects, correlations
+from synthetic.digits import code_effects, correlations, match
 
 
 @dataclass
@@ -226,7 +226,7 @@ def score_categories(make: Callable[..., torch.Tensor], cfg: Config, judge: eval
     category = torch.arange(cfg.eval_images) % cfg.n_categories
     digits = [judge(make(uniform(len(k), cfg.z_dim, g=g), k, uniform(len(k), cfg.n_continuous, g=g)))
               for k in category.split(judge.kind.at_once)]
-    digit, agreement, purity = evaluator.match(category, torch.cat(digits).argmax(1).cpu(), cfg.n_categories)
+    digit, agreement, purity = match(category, torch.cat(digits).argmax(1).cpu(), cfg.n_categories)
     return {"code → digit": agreement, "digit": torch.tensor(digit).double(), "purity": purity}
 
 
@@ -242,7 +242,7 @@ def score_reading(body: nn.Module, Q: nn.Module, data: Data, device: torch.devic
     estimates = [Q(body(to_float(part.to(device)))) for part in data.test_images.split(500)]
     category = torch.cat([e[0].argmax(1) for e in estimates]).cpu()
     codes = torch.cat([e[1] for e in estimates]).cpu()
-    scores = {"category → class": evaluator.match(category, data.test_labels, int(category.max()) + 1)[1]}
+    scores = {"category → class": match(category, data.test_labels, int(category.max()) + 1)[1]}
     scores |= correlations(codes, data.test_labels, data.test_factors)
     return {f"Q's {name}": (value, 0.0) for name, value in scores.items()}
 
@@ -257,10 +257,11 @@ def main(run: Run) -> None:
 
     torch.manual_seed(cfg.seed)
     features = widths(cfg.ch, cfg.image_size)[-1]
-    nets = (Generator(cfg.z_dim + cfg.n_categories + cfg.n_continuous, cfg.ch, cfg.image_size),
-            Body(cfg.ch, cfg.image_size), DHead(features),
-            QHead(features, cfg.n_categories, cfg.n_continuous))
-    G, body, D, Q = (init_dcgan(net).to(device, memory_format=torch.channels_last) for net in nets)
+    G = Generator(cfg.z_dim + cfg.n_categories + cfg.n_continuous, cfg.ch, cfg.image_size)
+    body, D = Body(cfg.ch, cfg.image_size), DHead(features)
+    Q = QHead(features, cfg.n_categories, cfg.n_continuous)
+    G, body, D, Q = (init_dcgan(net).to(device, memory_format=torch.channels_last)
+                     for net in (G, body, D, Q))
     ema = Average(G, cfg.ema)  # what is sampled and scored
     opt_g = torch.optim.Adam([*G.parameters(), *Q.parameters()], cfg.lr_g, betas=(0.5, 0.999), fused=True)
     opt_d = torch.optim.Adam([*body.parameters(), *D.parameters()], cfg.lr_d, betas=(0.5, 0.999), fused=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import NotFinite, Stopped, UserError, exit_status, reading  # noqa: F401
+from common.errors import UserError
 
 
 def pick_device(name: str, deterministic: bool = False) -> torch.device:

@@ -16,9 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.sweep import seconds_per_iteration  # noqa: E402
-
 from benchmarks.ablations import markdown  # noqa: E402
+from benchmarks.sweep import seconds_per_iteration  # noqa: E402
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, exit_status  # noqa: E402
 

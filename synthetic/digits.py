@@ -1,9 +1,10 @@
-"""Synthetic handwritten digits in the style of MNIST, and measures of a digit's slant and stroke width."""
+"""Synthetic handwritten digits like MNIST's; measures of slant, stroke width, and codes that control them."""
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 
 # The upright shapes of the ten digits. Each variant: its frequency, then for each stroke the points that the
@@ -216,3 +217,18 @@ def correlations(codes: torch.Tensor, labels: torch.Tensor,
     return {f"code {c + 1} ~ {name}": torch.stack([spearman(codes[k, c], factors[name][k]) for k in classes]
                                                   ).mean().item()
             for c in range(codes.shape[1]) for name in ("slant", "width")}
+
+
+def match(codes: torch.Tensor, digits: torch.Tensor,
+          n_categories: int) -> tuple[list[int], float, torch.Tensor]:
+    """Match categories [N] one-to-one to digits [N] so that they agree most often.
+
+    Returns the digit of each category (-1: none is left), the share of N that agrees ("code → digit"), and
+    each category's purity [n_categories], the share of its most frequent digit.
+    """
+    counts = torch.zeros(n_categories, 10).index_put_((codes, digits), torch.ones(1), accumulate=True)
+    rows, columns = linear_sum_assignment(counts.numpy(), maximize=True)
+    assigned = dict(zip(rows.tolist(), columns.tolist(), strict=True))
+    agree = counts[rows, columns].sum() / len(codes)
+    purity = counts.max(1).values / counts.sum(1).clamp(min=1)
+    return [assigned.get(k, -1) for k in range(n_categories)], agree.item(), purity

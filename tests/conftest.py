@@ -43,7 +43,8 @@ def flags(fields: dict) -> list[str]:
     text = []
     for name, value in fields.items():
         flag = name.replace("_", "-")
-        text += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        switch = f"--{'' if value else 'no-'}{flag}"
+        text += [switch] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return text
 
 

@@ -127,12 +127,13 @@ def test_what_is_wrong_is_named_and_nothing_written(iclevr, case):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(UserError, match="nowhere/objects.json can't be read.*--data synthetic"):
+    with pytest.raises(UserError, match="nowhere/objects.json can't be read.*synthetic"):
         load_iclevr(tmp_path / "nowhere")
 
 
 def numbered(n: int) -> Data:
-    return Data("x", "digits", "", torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1), torch.arange(n), (), "")
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
+    return Data("x", "digits", "", images, torch.arange(n), (), "")
 
 
 def test_batches_cover_an_epoch_once_and_depend_on_seed_and_number_alone():

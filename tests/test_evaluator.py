@@ -70,7 +70,8 @@ def test_score_sets_means_over_draws_of_z():
         return z[:, :1, None, None] * torch.ones(1, 3, 64, 64)
 
     # finds object 1 in bright images, object 0 in dark ones
-    judge = judge_of("scenes", Reader(lambda x: nn.functional.one_hot((x[:, 0, 0, 0] > 0).long(), 24).float()))
+    bright = Reader(lambda x: nn.functional.one_hot((x[:, 0, 0, 0] > 0).long(), 24).float())
+    judge = judge_of("scenes", bright)
     state = torch.get_rng_state()
     result = evaluator.score_sets(sample, 4, judge, sets, draws=6, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
@@ -224,7 +225,8 @@ def test_real_digits_are_near_and_noise_is_far(digits):
     judge = judge_of("digits", evaluator.DigitNet(10, 8).eval())
     real = judge.moments(digits.test_images)
     near = evaluator.score(digits.training_sample, judge, 400, 1, 0, real=real)
-    far = evaluator.score(lambda n, g: (torch.rand(n, 1, 28, 28, generator=g), None), judge, 400, 1, 0, real=real)
+    far = evaluator.score(lambda n, g: (torch.rand(n, 1, 28, 28, generator=g), None), judge, 400, 1, 0,
+                          real=real)
     assert 0 < near["FD (judge)"][0] < 0.1 * far["FD (judge)"][0]
     with pytest.raises(NotFinite, match="not finite"):
         evaluator.score(lambda n, g: (torch.full((n, 1, 28, 28), torch.nan), None), judge, 400, 1, 0)
@@ -295,7 +297,7 @@ def test_attributes_are_counted_by_hand():
 
 
 def test_faces_are_scored_with_their_requested_labels():
-    """The judge reads three attributes from the first pixel's channels, two features from the next pixel's."""
+    """The judge reads three attributes from the first pixel's channels, two features from the next one's."""
     net = Reader(lambda x: x[:, :, 0, 0] / 2 + 0.5, lambda x: x[:, :2, 0, 1])
     net.size, requested, made = 8, [], []
     judge = judge_of("faces", net)
@@ -316,7 +318,8 @@ def test_faces_are_scored_with_their_requested_labels():
         right = ((x[:, :, 0, 0] > 0).long() == y).double()
         ours = fid.Moments()
         ours.update(x[:, :2, 0, 1].double())
-        values.append((evaluator.distance(moments, ours), right.mean().item(), right.prod(1).mean().item()))
+        fd = evaluator.distance(moments, ours)
+        values.append((fd, right.mean().item(), right.prod(1).mean().item()))
     for name, column in zip(("FD (judge)", "accuracy", "exact"), np.array(values).T, strict=True):
         assert result[name] == pytest.approx((column.mean(), column.std(ddof=1)), rel=1e-4), name
     assert 0.75 < result["accuracy"][0] < 0.85 and result["accuracy"][1] > 0
@@ -356,7 +359,8 @@ def test_the_command_line_trains_a_judge_and_tests_it_on_others(tmp_path, monkey
                         "--also synthetic --device cpu".split())
     evaluator.main()
     assert "11 test images of synthetic digits: accuracy 0." in capsys.readouterr().out
-    for argv, message in (("scenes --also mnist", "--also is for digits"), ("digits --judge-steps 0", "at least 1")):
+    for argv, message in (("scenes --also mnist", "--also is for digits"),
+                          ("digits --judge-steps 0", "at least 1")):
         monkeypatch.setattr("sys.argv", ["evaluator.py", *argv.split()])
         with pytest.raises(UserError, match=message):
             evaluator.main()

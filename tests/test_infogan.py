@@ -10,6 +10,7 @@ from torch import nn
 import evaluator
 import infogan_mnist
 from common.datasets import load_digits
+from synthetic.digits import match
 from tests.conftest import rows_of, run_here, settings
 
 
@@ -49,16 +50,13 @@ def test_the_networks_are_the_write_up_s():
         (10, 10, (1, 1)), (10, 2, (1, 1)), (10, 2, (1, 1))]
 
 
-@pytest.mark.parametrize("size, categories, continuous", [(32, 3, 1), (64, 12, 4)])
-def test_other_sizes_and_numbers_of_codes(size, categories, continuous):
-    cfg = infogan_mnist.Config(ch=2, image_size=size, n_categories=categories, n_continuous=continuous)
-    G, body, D, Q = networks(ch=2, image_size=size, n_categories=categories, n_continuous=continuous)
-    codes = infogan_mnist.grid_codes(cfg, torch.Generator(), 2, None)
-    x = G(infogan_mnist.join(*codes, categories))
-    assert x.shape == (2 * categories, 1, size, size)
-    logits, mean, variance = Q(body(x))
-    assert logits.shape[1] == categories and mean.shape[1] == variance.shape[1] == continuous
-    assert D(body(x)).shape == (2 * categories, 1)
+@pytest.mark.parametrize("size, k, c", [(32, 3, 1), (64, 12, 4)])
+def test_other_sizes_and_numbers_of_codes(size, k, c):
+    cfg = infogan_mnist.Config(ch=2, image_size=size, n_categories=k, n_continuous=c)
+    G, body, D, Q = networks(ch=2, image_size=size, n_categories=k, n_continuous=c)
+    x = G(infogan_mnist.join(*infogan_mnist.grid_codes(cfg, torch.Generator(), 2, None), k))
+    assert x.shape == (2 * k, 1, size, size) and D(body(x)).shape == (2 * k, 1)
+    assert [part.shape for part in Q(body(x))] == [(2 * k, k), (2 * k, c), (2 * k, c)]
 
 
 def test_the_code_s_layout():
@@ -108,6 +106,17 @@ def test_each_step_updates_its_networks_and_no_others():
     assert found["q_category"].item() == pytest.approx(math.log(10), abs=0.5)  # nothing is known yet
 
 
+def test_the_likelihood_s_weight_is_a_setting():
+    def gradient(weight: float) -> torch.Tensor:
+        G, body, D, Q = networks(ch=2, image_size=32)
+        opt, category = torch.optim.Adam([*G.parameters(), *Q.parameters()]), torch.arange(8)
+        fake = G(infogan_mnist.join(torch.rand(8, 62), category, torch.rand(8, 2), 10))
+        infogan_mnist.gq_step(body, D, Q, opt, fake, category, torch.rand(8, 2), weight)
+        return Q.mean.weight.grad
+    torch.testing.assert_close(gradient(0.4), 2 * gradient(0.2))
+    assert gradient(0.2).any()
+
+
 def test_the_grid_s_layout():
     cfg = infogan_mnist.Config(n_categories=5, n_continuous=3, z_dim=7)
     z, category, codes = infogan_mnist.grid_codes(cfg, torch.Generator().manual_seed(0), 10, 1)
@@ -124,11 +133,11 @@ def test_the_grid_s_layout():
 def test_match_finds_the_best_one_to_one_assignment():
     codes = torch.tensor([0] * 10 + [1] * 10 + [2] * 10)
     digits = torch.tensor([7] * 9 + [1] + [7] * 8 + [4] * 2 + [5] * 10)  # 0 and 1 both look like 7
-    digit, agree, purity = evaluator.match(codes, digits, 3)
+    digit, agree, purity = match(codes, digits, 3)
     assert digit == [7, 4, 5] and agree == pytest.approx((9 + 2 + 10) / 30)
     assert purity.tolist() == pytest.approx([0.9, 0.8, 1.0])
     codes, digits = torch.arange(12), torch.arange(12) % 10  # more codes than digits
-    digit, agree, _ = evaluator.match(codes, digits, 12)
+    digit, agree, _ = match(codes, digits, 12)
     assert sorted(digit)[:2] == [-1, -1] and agree == pytest.approx(10 / 12)
 
 
@@ -194,5 +203,4 @@ def test_pictures_and_scores_of_a_run(here):
 def test_bad_values(refuses):
     refuses("infogan_mnist", "--n-categories", "1", message="--n-categories 1 must be at least 2")
     refuses("infogan_mnist", "--n-continuous", "0", message="--n-continuous 0: must be at least 1")
-    refuses("infogan_mnist", "--image-size", "28", message="invalid choice")
     refuses("infogan_mnist", "--category", "10", message="--category 10 below it")

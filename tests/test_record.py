@@ -1,6 +1,7 @@
 """The table of results is what the kept figures say."""
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from common import run
+from common import pictures
+from tests.conftest import TINY, flags, script
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def tiny_run(workdir):
+    args = flags(TINY["sngan_iclevr"] | dict(iters=9, eval_every=4, save_every=4, out="runs/recorded"))
+    done = script("sngan_iclevr.py", *args, cwd=workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir / "runs" / "recorded"
 
 
 @pytest.fixture
@@ -23,34 +33,39 @@ def record():
 
 
 def test_the_readme_s_tables_are_built_from_the_kept_results(record):
-    readme = record.README.read_text()
-    for marker, block in record.blocks().items():
-        assert readme.split(marker)[1].split(record.END)[0].strip() == block, marker
+    for path, parts in record.blocks().items():
+        text = path.read_text(encoding="utf-8")
+        for marker, block in parts.items():
+            assert text.split(marker)[1].split(record.END)[0].strip() == block, marker
+
+
+def test_the_readmes_links_exist(record):
+    for path in record.blocks():
+        targets = re.findall(r"(?:\]\(|src=\")([^)#\"]+)", path.read_text(encoding="utf-8"))
+        missing = [t for t in targets if not t.startswith("http") and not (path.parent / t).exists()]
+        assert len(targets) > 10 and not missing
 
 
 def test_a_run_is_kept_with_all_that_its_figures_depend_on(record, tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     record.record(tiny_run, "tiny", "a remark", ["interpolation"])
     kept = json.loads((tmp_path / "tiny.json").read_text())
-    assert (
-        kept["iterations"] == 9
-        and kept["seconds"] >= 0
-        and kept["command"].startswith("sngan_iclevr.py --data drawn")
-    )
+    assert kept["iterations"] == 9 and kept["seconds"] >= 0
+    assert kept["command"].startswith("sngan_iclevr.py --data synthetic")
     assert {"commit", "hardware", "torch"} <= set(kept["sittings"][0])
     assert (tmp_path / "tiny.png").exists() and (tmp_path / "tiny_interpolation.png").exists()
-    row = record.rows()[-1]
+    row = record.run_rows({"tiny": kept})[-1]
     assert "--iters 9" in row and not any(flag in row for flag in ("--out", "--save-every", str(tiny_run)))
-    mean, std = kept["scores"]["best"]["test"]["accuracy"]
+    mean, std = kept["scores"]["best"]["accuracy test"]
     for part in (
-        "drawn scenes",
-        f"accuracy test {record.said(mean, std)}",
+        "synthetic scenes",
+        f"accuracy test {record.number(mean, std)}",
         "held-out accuracy",
         "a remark",
         f"after {kept['scores']['best']['step']} |",
         "9 in 0 min",
-        "results/tiny.png",
-        "[interpolation](results/tiny_interpolation.png)",
+        "(tiny.png)",
+        "[interpolation](tiny_interpolation.png)",
     ):
         assert part in row
 
@@ -70,18 +85,18 @@ def test_a_sweep_is_kept_as_one(record, tiny_run, tmp_path, monkeypatch):
         assert strips.size == (grid.width, 2 * (66 + 18))
         last = grid.convert("RGB").crop((0, grid.height - 68, grid.width, grid.height))
         assert strips.crop((0, 15, grid.width, 15 + 68)).tobytes() == last.tobytes()
-    assert len(record.rows()) == 2  # no row of its own, but a table
-    table = record.blocks()[record.START]
-    for part in ("a remark", "results/both.png", "| one | ", " | 9 in 0 min |", "| three | diverged or not f",
+    assert len(record.run_rows({"both": kept})) == 2  # no row of its own, but a table
+    table = record.sweep_table("both", kept)
+    for part in ("a remark", "(both.png)", "| one | ", " | 9 in 0 min |", "| three | diverged or not f",
                  "| accuracy test | accuracy new_"):
         assert part in table
-    assert record.said(0.25, 0.0) == "0.25" and record.said(0.25, 0.01) == "0.25 ± 0.01"
+    assert record.number(0.25, 0.0) == "0.25" and record.number(0.25, 0.01) == "0.25 ± 0.01"
 
 
 @pytest.mark.parametrize("size,shown,columns", [(32, 64, 10), (64, 64, 4), (128, 128, 8)])
 def test_strips_are_the_last_images_of_grids_of_any_size(record, tmp_path, size, shown, columns):
     images = torch.rand(2 * columns, 3, size, size) * 2 - 1
-    run.save_grid(tmp_path / "grid.png", images, "a title", nrow=columns)
+    pictures.save_grid(tmp_path / "grid.png", images, "a title", nrow=columns)
     strip = record.strips({"one": Image.open(tmp_path / "grid.png")}, shown)
     n, tile = min(8, columns), shown + 2
     assert strip.size == (n * tile + 2, tile + 18)

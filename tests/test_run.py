@@ -1,109 +1,127 @@
-"""The command line, the run folder and the checkpoints, with a network of one layer."""
+"""The command line, the run folder and the checkpoints, without a method."""
+import csv
 import json
-import math
-import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 import torch
-from PIL import Image
+from torch import nn
 
-from common import cli, system
-from common.errors import NotFinite, Stopped, UserError, exit_status
-from common.run import Run
-from tests.conftest import rows_of
+from common import run, system
+from common.cli import Settings, parse, stored_config
+from common.datasets import Data
+from common.errors import NotFinite, Stopped, UserError, exit_status, reading
+
+SCRIPT = Path(__file__)
 
 
 @dataclass
-class Small(cli.Settings):
+class Small(Settings):
     iters: int = 10  # how long
     lr: float = 0.5  # how fast
     loss: Literal["a", "b"] = "a"  # which one
-    size: Literal[32, 64] = 32  # how large
     trick: bool = True  # 50% more
-    ema: float = 0.0  # how slow
+    ema: float = 0.0  # decay
     device: str = "cpu"  # on what
+    log_every: int = 5  # how often
+    sample_every: int = 5  # how often
+    save_every: int = 5  # how often
 
 
-def parse(*argv, quick=None):
-    return cli.parse(Small, quick or {}, "text", list(argv))
+def call(*argv, quick=None):
+    return parse(Small, quick or {}, "text", list(argv))
 
 
-# ---------------------------------------------------------------------- the command line
+# ---------------------------------------------------------------------- command line
 
 def test_flags_are_the_fields_and_help_their_comments(capsys):
-    args = "--iters 1 --no-trick --loss b --size 64 --lr 0 --ema 0.999 --log-every 0".split()
-    changed = dict(iters=1, trick=False, loss="b", size=64, lr=0, ema=0.999, log_every=0)
-    assert parse(*args) == ("train", Small(**changed), None)
-    quick = dict(iters=3, lr=9.0)  # a preset, which flags override
-    assert parse("--quick", "--iters", "5", quick=quick)[1] == Small(iters=5, lr=9.0)
-    assert parse("--iters", "5", quick=quick)[1] == Small(iters=5)
+    action, cfg, folder = call("--iters", "3", "--no-trick", "--loss", "b")
+    assert (action, folder) == ("train", None) and cfg == Small(iters=3, trick=False, loss="b")
     with pytest.raises(SystemExit) as left:
-        parse("--help")
+        call("--help")
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("how long (default: 10)", "which one (default: a)", "50% more", "--no-trick", "{32,64}",
-                 "of weights, noise and the order of batches (default: 0)"):
-        assert left.value.code == 0 and part in text
+    assert left.value.code == 0 and text.index("--lr") < text.index("--seed")  # the script's own flags first
+    for part in ("how long (default: 10)", "which one (default: a)", "50% more", "--no-trick", "of weights, noise"):
+        assert part in text
+    assert call("--quick", "--lr", "2", quick=dict(iters=4, lr=1.0))[1] == Small(iters=4, lr=2.0)
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--iters 0", "--iters 0: must be at least 1"), ("--iters -3", "--iters -3: must be at least 1"),
-    ("--lr -1", "--lr -1.0: must be at least 0"), ("--lr nan", "--lr nan"), ("--lr inf", "--lr inf"),
-    ("--log-every -1", "--log-every -1: must be at least 0"), ("--seed -1", "--seed -1: must be at least 0"),
-    ("--ema 1", "--ema 1.0: must be below 1"), ("--lr x", "invalid float value"), ("--size 48", "invalid choice"),
-    ("--loss c", "invalid choice"), ("--nothing 1", "unrecognized arguments: --nothing"),
-    ("--ite 3", "unrecognized arguments: --ite"), ("--sample a --eval b", "not allowed with")])
-def test_refused_command_lines(argv, message):
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        parse(*argv.split())
-    assert "\n" not in str(error.value)
+    (["--iters", "0"], "--iters 0: must be at least 1"), (["--iters", "-3"], "at least 1"),
+    (["--lr", "-1"], "--lr -1.0: must be at least 0"), (["--lr", "nan"], "--lr nan"), (["--lr", "x"], "invalid"),
+    (["--loss", "c"], "invalid choice"), (["--nothing", "1"], "unrecognized"), (["--log-every", "-1"], "least 0"),
+    (["--ite", "3"], "unrecognized"), (["--ema", "1"], "must be below 1"), (["--seed", "-1"], "--seed -1"),
+])
+def test_values_out_of_range_are_refused(argv, message):
+    with pytest.raises(UserError, match=message):
+        call(*argv)
 
 
-def stored(folder, script="test_run.py", **changes) -> str:
+def stored(folder, script=SCRIPT.name, **changes):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"script": script, "config": vars(Small()) | changes}))
+    values = vars(Small()) | changes
+    (folder / "config.json").write_text(json.dumps({"script": script, "config": values}))
     return str(folder)
 
 
-def test_a_stored_config_with_the_fields_that_may_change(tmp_path):
+def test_resume_takes_the_stored_config_and_longer_iters(tmp_path):
     folder = stored(tmp_path / "a", lr=0.25)
-    found = parse("--resume", folder, "--iters", "20", "--log-every", "1", "--lr", "0.25")
-    assert found == ("resume", Small(iters=20, lr=0.25, log_every=1), Path(folder))
-    found = parse("--sample", folder, "--seed", "3", "--judge", "none")
-    assert found == ("sample", Small(lr=0.25, seed=3, judge="none"), Path(folder))
+    action, cfg, where = call("--resume", folder, "--iters", "20", "--log-every", "1", "--lr", "0.25")
+    assert action == "resume" and str(where) == folder and cfg == Small(iters=20, lr=0.25, log_every=1)
+    assert call("--sample", folder, "--seed", "5", "--judge", "none")[1] == Small(lr=0.25, seed=5, judge="none")
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--resume --lr 0.5", "--lr is 0.25 there, 0.5 here"),
-    ("--resume --no-trick --loss b", "--trick is True there, False here, --loss is 'a' there, 'b' here"),
-    ("--resume --seed 1", "--seed is 0 there, 1 here"), ("--eval --iters 20", "--iters is 10 there, 20 here"),
-    ("--resume --quick", "--quick is for a new run"), ("--resume --iters 0", "--iters 0: must be at least 1"),
-    ("--eval --judge none", "--eval needs a judge")])
-def test_other_changes_are_refused_and_named(tmp_path, argv, message):
-    action, *rest = argv.split()
-    with pytest.raises(UserError, match=re.escape(message)):
-        parse(action, stored(tmp_path / "a", lr=0.25), *rest)
+    (["--resume", "a", "--lr", "0.5"], "--lr is 0.25 there, 0.5 here.*only --iters, .*may change"),
+    (["--resume", "a", "--no-trick", "--loss", "b"], "--trick is True there.*--loss is 'a' there"),
+    (["--eval", "a", "--iters", "11"], "--iters is 10 there"), (["--resume", "a", "--quick"], "is for a new run"),
+    (["--resume", "a", "--iters", "0"], "--iters 0"), (["--eval", "a", "--judge", "none"], "needs a judge"),
+    (["--resume", "."], "is not a run"), (["--sample", "b"], "is a run of vae_celeba.py"),
+    (["--eval", "c"], r"another version of test_run.py \(fields \['more'\]\)"),
+    (["--resume", "d"], "d/config.json can't be read .JSONDecodeError"),
+    (["--resume", "e"], "e/config.json can't be read .KeyError"),
+    (["--resume", "a", "--sample", "a"], "not allowed with"),
+])
+def test_refused_uses_of_a_run(tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    stored(tmp_path / "a", lr=0.25), stored(tmp_path / "b", script="vae_celeba.py"), stored(tmp_path / "c", more=1)
+    for name, text in (("d", "{"), ("e", "{}")):
+        stored(tmp_path / name)
+        (tmp_path / name / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        call(*argv)
+    assert "\n" not in str(error.value)
 
 
-def test_folders_that_are_no_run_of_this_script(tmp_path):
-    for folder, message in ((str(tmp_path), "is not a run: it has no config.json"),
-                            (stored(tmp_path / "b", script="vae_celeba.py"), "is a run of vae_celeba.py, not of"),
-                            (stored(tmp_path / "c", more=1), r"another version of .* \(fields \['more'\]\)")):
-        with pytest.raises(UserError, match=message):
-            parse("--resume", folder)
-    for text in ("{", "[]", '{"config": {}}'):
-        (tmp_path / "b" / "config.json").write_text(text)
-        with pytest.raises(UserError, match="config.json can't be read .*written by test_run.py"):
-            parse("--resume", str(tmp_path / "b"))
+# ---------------------------------------------------------------------- errors and files
+
+@pytest.mark.parametrize("raised, status, text", [
+    (UserError("what, where"), 2, "error: what, where\n"), (NotFinite("d_loss is nan"), 3, "error: d_loss is nan\n"),
+    (Stopped("stopped", signal.SIGTERM), 143, "\nstopped\n"), (KeyboardInterrupt(), 130, ""), (None, 0, ""),
+])
+def test_exit_status(capsys, raised, status, text):
+    def main():
+        if raised:
+            raise raised
+    assert exit_status(main) == status
+    out, err = capsys.readouterr()
+    assert out + err == text and bool(err) == (status in (2, 3))
 
 
-# ---------------------------------------------------------------------- files, devices, exit status
+def test_any_error_while_a_file_is_read_names_the_file():
+    with pytest.raises(UserError, match="^x.pt can't be read .KeyError: 'G'.: it should be a checkpoint$"):
+        with reading("x.pt", "a checkpoint"):
+            {}["G"]
+    with pytest.raises(UserError, match="^as it is$"), reading("x.pt", "a checkpoint"):
+        raise UserError("as it is")
+    with pytest.raises(Stopped), reading("x.pt", "a checkpoint"):  # a signal is not a damaged file
+        raise Stopped("stopped", signal.SIGINT)
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
+
+def test_a_file_is_complete_or_unchanged(tmp_path):
     path = tmp_path / "x.txt"
     system.write_whole(path, lambda p: p.write_text("old"))
 
@@ -115,167 +133,148 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_run_never_takes_a_folder_with_files(tmp_path, monkeypatch):
+def test_an_existing_folder_is_never_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for expected in ("runs/gan", "runs/gan-2", "runs/gan-3"):
-        assert system.free_folder("", "gan") == Path(expected)
-        Path(expected).mkdir(parents=True)
-    left, picture = Path("left"), Path("left/samples/step_0000001.png")
-    (left / "samples").mkdir(parents=True)
-    (left / ".config.77.json").touch()  # killed between the folder's making and config.json's
-    assert system.free_folder("left", "") == left
-    picture.touch()
-    for out in (left, picture):
-        with pytest.raises(UserError, match="already exists, and a run is never overwritten"):
-            system.free_folder(str(out), "")
-    with pytest.raises(UserError, match="step_0000001.png is not a writable folder"):
-        system.free_folder(str(picture / "here"), "")
-    monkeypatch.setattr(system.os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(UserError, match="is not a writable folder"):
-        system.free_folder(str(tmp_path / "two" / "levels"), "")
+    names = []
+    for _ in range(3):
+        names.append(system.free_folder("", "dcgan").name)
+        (tmp_path / "runs" / names[-1]).mkdir(parents=True)
+    assert names == ["dcgan", "dcgan-2", "dcgan-3"]
+    (tmp_path / "empty" / "within").mkdir(parents=True)
+    assert system.free_folder("empty", "x") == Path("empty")  # a folder without files is fine
+    (tmp_path / "empty" / "within" / "notes.txt").touch()
+    with pytest.raises(UserError, match="--out empty already exists.*--resume"):
+        system.free_folder("empty", "x")
+    with pytest.raises(UserError, match="can't be created: .*notes.txt is not a writable folder"):
+        system.free_folder("empty/within/notes.txt/run", "x")
 
 
-def test_devices_and_what_figures_depend_on():
-    for name in ("cuda:99", "abacus"):
-        with pytest.raises(UserError, match=f"--device {name} is not available .*use --device cpu$"):
-            system.pick_device(name)
-    found = system.circumstances(system.pick_device("cpu"))
-    assert found["torch"] == torch.__version__ and "thread" in found["hardware"] and found["commit"]
+# ---------------------------------------------------------------------- runs
 
-
-@pytest.mark.parametrize("error, status", [(None, 0), (UserError("x"), 2), (NotFinite("x"), 3),
-                                           (KeyboardInterrupt(), 130), (Stopped("x", signal.SIGTERM), 143)])
-def test_exit_status(error, status, capsys):
-    def main():
-        if error:
-            raise error
-    assert exit_status(main) == status
-    assert capsys.readouterr().err == ("error: x\n" if status in (2, 3) else "")
-
-
-# ---------------------------------------------------------------------- a run
-
-def train(folder: Path, action="train", at=lambda *_: None, **fields) -> SimpleNamespace:
-    """A run whose G gains 1 a step, with loss = step; the score -|step - 4| is best at 4, if it is due there.
-    at(step, run, parts) is called in each iteration. → the run, steps made, checkpoints found."""
-    G, made = torch.nn.Linear(1, 1), []
-    torch.nn.init.zeros_(G.weight)
-    parts = dict(G=G, opt=torch.optim.Adam(G.parameters(), 1e-9))
-    cfg = Small(out=str(folder), **dict(log_every=2, sample_every=5, eval_every=3, save_every=4) | fields)
-    with Run(cfg, Path("x.py"), action, None if action == "train" else folder) as run:
-        run.track(SimpleNamespace(name="dots", source="dots", digest="d1"), **parts)
-        for step in run.steps():
-            made.append(step)
-            G(torch.ones(1, 1)).sum().backward()
-            parts["opt"].step()
-            G.weight.data += 1
-            run.record(loss=torch.tensor(float(step)))
-            if run.due("sample"):
-                run.picture(torch.full((2, 1, 8, 8), step / 10 - 1), "a title")
-            if run.due("eval"):
-                run.score(best=-abs(step - 4), accuracy=-abs(step - 4))
-            at(step, run, parts)
-        found = [(name, step, round(G.weight.item())) for name, step in run.checkpoints("last", "best")]
-    return SimpleNamespace(run=run, made=made, found=found)
-
-
-def step_of(folder: Path) -> int:
-    return torch.load(folder / "last.pt", weights_only=True)["step"]
-
-
-def test_one_row_a_step_in_a_table_whose_columns_grow(tmp_path, capsys):
-    train(tmp_path / "r", iters=7)
-    assert rows_of(tmp_path / "r") == [  # losses are means since the last row that has them
-        {"step": 2, "loss": 1.5}, {"step": 3, "accuracy": -1}, {"step": 4, "loss": 3.5},
-        {"step": 6, "loss": 5.5, "accuracy": -2}, {"step": 7, "loss": 7, "accuracy": -3}]
-    lines = (tmp_path / "r" / "metrics.csv").read_text().splitlines()
-    assert lines[0] == "step,seconds,loss,accuracy" and all(line.count(",") == 3 for line in lines)
-    assert re.search(r"^step 6/7  loss 5.500  \d+\.\d\d it/s  0:00:00 left$", capsys.readouterr().out, re.M)
-
-
-def test_checkpoints_hold_all_that_is_tracked_and_best_only_improves(tmp_path):
+def new_run(tmp_path, action="train", **changes) -> run.Run:
     folder = tmp_path / "r"
-    done = train(folder, iters=9, seed=3)
-    assert done.found == [("last", 9, 9), ("best", 3, 3)]
-    state = torch.load(folder / "last.pt", weights_only=True)
-    assert state.keys() == {"G", "opt", "step", "best", "means", "data", "rng", "config"}
-    assert (state["data"], state["best"], state["config"]["iters"]) == ("d1", -1, 9)
-    again = train(folder, "sample", seed=5)
-    assert again.found == [("best", 3, 3)]  # without scores only the one that is pictured
-    assert again.run.title(SimpleNamespace(name="dots"), "ch 4") == "x on dots, ch 4, seed 3"  # the training's
-    assert train(folder, "eval").found == done.found
-    (folder / "best.pt").write_bytes(b"half")
-    with pytest.raises(UserError, match="best.pt can't be read .*a checkpoint of this run"):
-        train(folder, "eval")
-    for path in folder.glob("*.pt"):
-        path.unlink()
-    with pytest.raises(UserError, match="has no checkpoint yet: continue it with --resume"):
-        train(folder, "sample")
+    cfg = Small(**dict(out=str(folder)) | changes)
+    if action != "train":
+        cfg = stored_config(Small, folder, changes, tuple(changes))
+    r = run.Run(cfg, SCRIPT, action, folder if action != "train" else None)
+    torch.manual_seed(0)
+    r.G = nn.Linear(2, 2)
+    r.opt = torch.optim.Adam(r.G.parameters(), 0.1)
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    r.track(Data("MNIST", "digits", "mnist", images, torch.zeros(4), (), "digest"), G=r.G, opt=r.opt)
+    return r
 
 
-def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
-    folder, fields, kept = tmp_path / "r", dict(iters=16, save_every=12), {}
-    with pytest.raises(ZeroDivisionError):  # as a kill would: nothing is saved
-        train(folder, at=lambda step, *_: 1 / (15 - step), **fields)
-    assert rows_of(folder)[-1]["step"] == 14 and step_of(folder) == 12
+def train(r, scores=(), until=None):
+    for step in r.steps():
+        r.record(d_loss=torch.tensor(float(step)), d_real=torch.tensor(0.5))
+        if step % 2 == 0:
+            r.record(g_loss=torch.tensor(1.0))  # another number of times
+        if step in scores:
+            r.score(best=scores[step], accuracy=scores[step])
+        if r.due("sample"):
+            r.picture(torch.full((2, 1, 8, 8), step / 10), r.title(r.data))
+        if step == until:
+            raise InterruptedError
+    return r
+
+
+def rows_of(r):
+    with open(r.folder / "metrics.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_losses_and_scores_share_rows_and_best_is_kept(tmp_path, capsys):
+    r = train(new_run(tmp_path), scores={4: 0.5, 8: 0.25, 10: 0.75})
+    rows = rows_of(r)
+    assert list(rows[0]) == ["step", "seconds", "accuracy", "d_loss", "d_real", "g_loss"]
+    assert [(row["step"], row["d_loss"], row["accuracy"]) for row in rows] == [
+        ("4", "", "0.5"), ("5", "3", ""), ("8", "", "0.25"), ("10", "8", "0.75")]  # means of 1 … 5, 6 … 10
+    assert rows[1]["g_loss"] == "1" and [n for n, _ in r.checkpoints("last", "best")] == ["last", "best"]
+    assert torch.load(r.folder / "best.pt", weights_only=True)["step"] == 10
+    assert "step 10/10" in capsys.readouterr().out and (r.folder / "progress.gif").exists()
+    assert json.loads((r.folder / "config.json").read_text())["config"]["data"] == "mnist"  # resolved
+
+
+def test_rows_and_pictures_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    with pytest.raises(InterruptedError):
+        train(new_run(tmp_path, iters=20), scores={4: 0.5, 12: 0.6}, until=14)
+    folder = tmp_path / "r"
     for name in (".last.123.pt", "samples/.step_0000010.123.png"):  # what SIGKILL leaves
         (folder / name).write_bytes(b"half")
     (folder / "scores.json").write_text("{}")  # of an earlier end
     with open(folder / "metrics.csv", "a") as table:
         table.write("1")  # of a row that a full disk cut off
-
-    def look(step, *_):
-        kept.setdefault("rows", [row["step"] for row in rows_of(folder)])
-        kept.setdefault("files", {p.name for p in folder.rglob("*") if p.suffix in (".png", ".pt", ".json")})
-    done = train(folder, "resume", at=look, **fields)
-    assert done.made == [13, 14, 15, 16] and done.found[0] == ("last", 16, 16)
-    assert kept["rows"] == [2, 3, 4, 6, 8, 9, 10, 12]
-    assert kept["files"] == {"config.json", "last.pt", "best.pt", "step_0000005.png", "step_0000010.png"}
-    assert [row["step"] for row in rows_of(folder)] == [*kept["rows"], 14, 15, 16]
-    seconds = [float(line.split(",")[1]) for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
-    assert seconds == sorted(seconds)
-    assert [s["from_step"] for s in json.loads((folder / "config.json").read_text())["sittings"]] == [0, 12]
-    assert train(folder, "resume", **fields).made == []  # nothing is left to do
-    assert train(folder, "resume", **fields | dict(iters=18)).made == [17, 18]
-    with Image.open(folder / "progress.gif") as gif:
-        assert gif.n_frames == 5  # 5, 10, 15, and 16 and 18, where runs ended
+    torch.save(torch.load(folder / "last.pt", weights_only=True) | {"step": 5, "best": 0.5}, folder / "last.pt")
+    r = new_run(tmp_path, "resume", iters=6)
+    assert r.step == 5 and r.best == 0.5
+    train(r)
+    assert [row["step"] for row in rows_of(r)] == ["4", "5", "6"]
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step_0000005.png", "step_0000006.png"]
+    assert not list(folder.rglob(".*")) and not (folder / "scores.json").exists()
+    assert [s["from_step"] for s in json.loads((folder / "config.json").read_text())["sittings"]] == [0, 5]
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda run, parts: parts["G"].weight.data.fill_(math.nan), "G.weight is not finite at step 8"),
-    (lambda run, parts: parts["opt"].state[parts["G"].weight]["exp_avg"].fill_(math.inf),
-     "opt.state.0.exp_avg is not finite at step 8"),
-    (lambda run, parts: run.record(loss=torch.tensor(math.nan)), "loss is nan at step 8")])
-def test_what_is_not_finite_is_never_saved(tmp_path, spoil, message):
-    with pytest.raises(NotFinite, match=f"^{message}. last.pt keeps the last good state"):
-        train(tmp_path / "r", eval_every=0, at=lambda step, *parts: step == 8 and spoil(*parts))
-    assert step_of(tmp_path / "r") == 4
+def test_nothing_that_is_not_finite_is_saved(tmp_path):
+    r = train(new_run(tmp_path, iters=5))
+    before = (r.folder / "last.pt").read_bytes()
+    good = r.G.weight.detach().clone()
+    with torch.no_grad():
+        r.G.weight[0, 0] = torch.nan
+    with pytest.raises(NotFinite, match="G.weight is not finite at step 5. last.pt keeps the last good state"):
+        r.save("last")
+    with torch.no_grad():
+        r.G.weight.copy_(good)
+    r.G(torch.ones(1, 2)).sum().backward()
+    r.opt.step()
+    r.opt.state[r.G.weight]["exp_avg"][0, 0] = torch.inf
+    with pytest.raises(NotFinite, match="opt.state.0.exp_avg"):
+        r.save("last")
+    assert (r.folder / "last.pt").read_bytes() == before
 
 
-def test_the_first_signal_ends_the_loop_and_the_second_the_iteration(tmp_path):
-    before, after = signal.getsignal(signal.SIGINT), []
-
-    def stop(step, *_):
-        if step == 3:
-            signal.raise_signal(signal.SIGTERM)
-            after.append(step)  # the iteration goes on
-    with pytest.raises(Stopped, match="stopped at step 3; to continue: x.py --resume") as stopped:
-        train(tmp_path / "a", at=stop)
-    assert after == [3] and stopped.value.args[1] == signal.SIGTERM and step_of(tmp_path / "a") == 3
-    assert train(tmp_path / "a", "resume").made == [4, 5, 6, 7, 8, 9, 10]
-    with pytest.raises(Stopped):
-        train(tmp_path / "b", at=lambda step, *_: (stop(3), stop(3)))
-    assert after == [3, 3] and not (tmp_path / "b" / "last.pt").exists()
-    with Run(Small(), Path("x.py")), pytest.raises(Stopped):  # outside of the loop
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+def test_a_loss_that_is_not_finite_ends_the_run_and_its_row_says_so(tmp_path):
+    r = new_run(tmp_path)
+    with pytest.raises(NotFinite, match="d_loss is nan at step 5"):
+        for _ in r.steps():
+            r.record(d_loss=torch.tensor(torch.nan))
+    assert rows_of(r)[-1]["d_loss"] == "nan" and not (r.folder / "last.pt").exists()
 
 
-def test_what_is_due_and_bf16():
-    run = Run(Small(iters=7, log_every=3, save_every=0, precision="bf16"), Path("x.py"))
-    due = {what: [run.step for run.step in range(1, 8) if run.due(what)] for what in ("log", "save")}
-    assert due == {"log": [3, 6, 7], "save": []}  # the last iteration too, unless never
-    with run.autocast():
-        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
-    with Run(Small(), Path("x.py")).autocast():
-        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    r = train(new_run(tmp_path))
+    path = r.folder / "last.pt"
+    for damage in (path.read_bytes()[:500], b""):
+        path.write_bytes(damage)
+        with pytest.raises(UserError, match="last.pt can't be read.*should be a checkpoint of this run"):
+            new_run(tmp_path, "resume")
+    path.unlink()
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        list(new_run(tmp_path, "eval").checkpoints("best", "last"))
+
+
+def test_one_path_for_training_sampling_and_scoring(tmp_path):
+    train(new_run(tmp_path), scores={4: 0.5})
+    for action, pictures, scores in (("resume", True, True), ("sample", True, False), ("eval", False, True)):
+        r = new_run(tmp_path, action)
+        assert (r.wants_pictures, r.wants_scores) == (pictures, scores)
+        assert not list(r.steps())
+        expected = [("last", 10), ("best", 4)] if scores else [("best", 4)]  # without scores only the pictured
+        assert list(r.checkpoints("last", "best")) == expected
+    assert new_run(tmp_path, "sample", seed=5).title(r.data, "ch 3") == "test_run on MNIST, ch 3, seed 0"
+
+
+def test_the_first_signal_saves_and_outside_of_the_loop_it_ends_at_once(tmp_path):
+    r = new_run(tmp_path)
+    with r, pytest.raises(Stopped, match="^stopped$"):
+        signal.raise_signal(signal.SIGTERM)
+    with r, pytest.raises(Stopped, match="stopped at step 3; to continue: test_run.py --resume"):
+        for step in r.steps():
+            if step == 3:
+                signal.raise_signal(signal.SIGINT)
+    assert torch.load(r.folder / "last.pt", weights_only=True)["step"] == 3
+    r = new_run(tmp_path, "resume")
+    with r, pytest.raises(Stopped, match="^stopped$"):
+        for _ in r.steps():
+            signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM)  # the second ends at once
+    assert torch.load(r.folder / "last.pt", weights_only=True)["step"] == 3

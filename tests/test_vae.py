@@ -31,13 +31,18 @@ def test_kl_is_that_of_torch_distributions():
     assert not vae_celeba.kl_divergence(torch.zeros(3, 4), torch.zeros(3, 4)).any()
 
 
-def test_the_loss_is_its_parts_per_pixel_value():
+def test_z_is_reparametrised_and_the_loss_is_its_parts_per_pixel_value():
     torch.manual_seed(0)
-    vae, x = vae_celeba.VAE(4, 1, 32), torch.rand(8, 3, 32, 32)
-    opt = torch.optim.Adam(vae.parameters(), 1e-3)
-    found = vae_celeba.vae_step(vae, opt, x, kl_weight=0.5)
+    vae, x, outputs, inputs = vae_celeba.VAE(4, 1, 32), torch.rand(8, 3, 32, 32), [], []
+    vae.encoder.register_forward_hook(lambda *args: outputs.append(args[2].detach()))
+    vae.decoder.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    torch.manual_seed(1)
+    found = vae_celeba.vae_step(vae, torch.optim.Adam(vae.parameters(), 1e-3), x, kl_weight=0.5)
     assert found["loss"].item() == pytest.approx((found["mse"] + 0.5 * found["kl"] / (3 * 32 * 32)).item())
     assert all(p.grad is not None for p in vae.parameters())
+    mean, log_variance = outputs[0].chunk(2, 1)
+    torch.manual_seed(1)
+    torch.testing.assert_close(inputs[0], torch.normal(mean, (log_variance / 2).exp()))
 
 
 @pytest.fixture
