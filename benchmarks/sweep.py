@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,12 @@ from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common.cli import FREE_ON_RESUME, Parser, flag, parse, stored_config  # noqa: E402
+from common.cli import ACTIONS, FREE_ON_RESUME, Parser, flag, parse, stored_config  # noqa: E402
 from common.errors import Stopped, UserError, exit_status  # noqa: E402
 from common.system import free_folder, write_whole  # noqa: E402
 
 DIVERGED = "diverged.txt"  # in the folder of a run that ended with a loss that is not finite
+SCORES = ("accuracy", "tv", "fd")  # what the names of scores in metrics.csv begin with
 
 
 @dataclass
@@ -40,38 +42,44 @@ class Job:
     def check(self) -> None:
         """Raises UserError for flags that the script refuses, and for a folder with another run."""
         module = importlib.import_module(self.script)
-        cfg = parse(module.Config, module.QUICK, "", self.flags)[1]
-        if (self.folder / "config.json").exists():
-            given = {k: v for k, v in vars(cfg).items() if v != "auto" and k not in ("out", "device")}
-            stored_config(module.Config, self.folder, given, FREE_ON_RESUME)
-        else:
+        self.cfg = cfg = parse(module.Config, module.QUICK, "", self.flags)[1]
+        if not (self.folder / "config.json").exists():
             free_folder(str(self.folder), "")
-        self.iters = cfg.iters
+            return
+        given = {k: v for k, v in vars(cfg).items() if k not in ("out", "device", "iters")}
+        if cfg.data == "auto":  # resolved there
+            del given["data"]
+        stored = stored_config(module.Config, self.folder, given, FREE_ON_RESUME)
+        if cfg.iters < stored.iters:
+            raise UserError(f"{self.folder} was made with --iters {stored.iters}: fewer need another --out")
 
     def finished(self) -> bool:
         if (self.folder / DIVERGED).exists():
             return True
         if not (self.folder / "scores.json").exists():
             return False
-        return json.loads((self.folder / "config.json").read_text())["config"]["iters"] == self.iters
+        return json.loads((self.folder / "config.json").read_text())["config"]["iters"] == self.cfg.iters
 
     def command(self) -> list[str]:
         target = ["--out", str(self.folder), *self.flags]
         if (self.folder / "config.json").exists():
-            target = ["--resume", str(self.folder), "--iters", str(self.iters)]
+            free = [x for name in FREE_ON_RESUME for x in (flag(name), str(getattr(self.cfg, name)))]
+            target = ["--resume", str(self.folder), *free]
         return [sys.executable, str(ROOT / f"{self.script}.py"), *target]
 
 
-def train_all(jobs: list[Job], at_once: int = 1) -> None:
-    """Run all jobs that are not finished, `at_once` at a time.
+def train_all(jobs: list[Job], at_once: int = 1, show: bool = False) -> None:
+    """Run all jobs that are not finished, `at_once` at a time. show: print what they print, too.
 
-    Raises UserError if one fails other than by diverging, and Stopped, after all have saved, for a signal.
+    If one fails other than by diverging, the others save and this exits with its status. Raises Stopped,
+    after all have saved, for a signal.
     """
     for job in jobs:
         job.check()
     threads = str(max(1, (os.cpu_count() or 1) // at_once))
-    environment = os.environ | ({"OMP_NUM_THREADS": threads} if at_once > 1 else {})
-    stop, running = threading.Event(), set()
+    environment = {"OMP_NUM_THREADS": threads} if at_once > 1 else {}
+    environment = environment | os.environ | {"PYTHONUNBUFFERED": "1"}
+    stop, running, failed = threading.Event(), set(), []
 
     def run(job: Job) -> None:
         if stop.is_set() or job.finished():
@@ -82,18 +90,24 @@ def train_all(jobs: list[Job], at_once: int = 1) -> None:
         running.add(process)
         if stop.is_set():  # since the check above
             process.terminate()
-        output = process.communicate()[0].strip()
+        last = deque([""], maxlen=10)
+        for line in process.stdout:
+            last.append(line)
+            if show:
+                print(f"{job.folder.name}: {line}", end="", flush=True)
+        status = process.wait()
         running.discard(process)
-        if process.returncode == 3:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / DIVERGED).write_text(output.splitlines()[-1] + "\n")
-        elif process.returncode and not stop.is_set():
+        if status == 3 and (job.folder / "config.json").exists():
+            (job.folder / DIVERGED).write_text(last[-1])
+        elif status and not stop.is_set():
+            failed.append(status if status > 0 else 128 - status)  # as a shell tells of signals
             stop.set()
             for other in list(running):
                 other.terminate()
-            raise UserError(f"{job.folder} ended with status {process.returncode}: {output[-300:]}")
+            print(f"error: {job.folder} ended with status {failed[0]}:\n{''.join(last).strip()}",
+                  file=sys.stderr, flush=True)
         if not stop.is_set():
-            print(f"{job.folder.name}: {'diverged' if process.returncode else 'done'}", flush=True)
+            print(f"{job.folder.name}: {'diverged' if status else 'done'}", flush=True)
 
     def stopped(number, _frame) -> None:
         raise Stopped("stopped; the same command continues", number)
@@ -110,6 +124,8 @@ def train_all(jobs: list[Job], at_once: int = 1) -> None:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+    if failed:
+        sys.exit(failed[0])
 
 
 def combinations(script: str, sweep: list[str], flags: list[str], out: Path) -> list[Job]:
@@ -117,23 +133,28 @@ def combinations(script: str, sweep: list[str], flags: list[str], out: Path) -> 
     module = importlib.import_module(script)
     fields = module.Config.__dataclass_fields__.keys() - {"out"}
     options, swept = [], set()  # an option is {part of the folder's name: flags}
+    for own in {f.split("=")[0] for f in flags} & {f"--{name}" for name in ("out", *ACTIONS)}:
+        raise UserError(f"{own} after --: the sweep sets it for each run; leave it out")
     for item in sweep:
         name, _, values = item.partition("=")
         if item == "variants" and hasattr(module, "VARIANTS"):
-            names = set().union(*module.VARIANTS.values())
+            names, number = set().union(*module.VARIANTS.values()), len(module.VARIANTS)
             options.append({variant: [f"{flag(f)}={v}" for f, v in settings.items()]
                             for variant, settings in module.VARIANTS.items()})
         elif name in fields and values:
             names, switch = {name}, {"true": flag(name), "false": f"--no-{flag(name)[2:]}"}
             if module.Config.__dataclass_fields__[name].type is not bool:
                 switch = {value: f"{flag(name)}={value}" for value in values.split(",")}
-            options.append({f"{name}={value}": [switch.get(value, "")] for value in values.split(",")})
+            number = len(values.split(","))
+            options.append({f"{name}={value}".replace("/", "_"): [switch.get(value, "")]
+                            for value in values.split(",")})
         else:
             raise UserError(f"{item}: give a field of {script}.py's Config as FIELD=V1,V2"
                             + (", or the word variants" if hasattr(module, "VARIANTS") else ""))
         given = [f for f in flags if f.split("=")[0].replace("--no-", "--") in map(flag, names)]
-        if names & swept or given or "" in sum(options[-1].values(), []):
-            raise UserError(f"{item}: set each field once, in the sweep or after --, to values it takes")
+        if names & swept or given or "" in sum(options[-1].values(), []) or len(options[-1]) < number:
+            raise UserError(f"{item}: set each field once, in the sweep or after --, to different "
+                            "values it takes")
         swept |= names
     jobs = []
     for parts in itertools.product(*options):
@@ -143,10 +164,12 @@ def combinations(script: str, sweep: list[str], flags: list[str], out: Path) -> 
 
 
 def seconds_per_iteration(table: Path) -> float:
-    """Median over the rows of metrics.csv; scoring and pictures, which are rarer, do not count."""
+    """Median over the rows of metrics.csv; pictures, which are rarer, do not count, nor rows with scores."""
     with open(table, newline="") as f:
-        points = [(int(r["step"]), float(r["seconds"])) for r in csv.DictReader(f)]
-    return median([(t - s) / (j - i) for (i, s), (j, t) in itertools.pairwise(points)] or [math.nan])
+        points = [(int(r["step"]), float(r["seconds"]), any(v and c.startswith(SCORES) for c, v in r.items()))
+                  for r in csv.DictReader(f)]
+    paces = [((t - s) / (j - i), scored) for (i, s, _), (j, t, scored) in itertools.pairwise(points)]
+    return median([pace for pace, scored in paces if not scored] or [p for p, _ in paces] or [math.nan])
 
 
 def table(jobs: list[Job]) -> list[list[str]]:
@@ -155,7 +178,7 @@ def table(jobs: list[Job]) -> list[list[str]]:
     for job in jobs:
         row = {}
         if (job.folder / DIVERGED).exists():
-            row = {"": "diverged"}
+            row = {"": f"diverged: {(job.folder / DIVERGED).read_text().strip().removeprefix('error: ')}"}
         elif (job.folder / "scores.json").exists():
             row = json.loads((job.folder / "scores.json").read_text(encoding="utf-8"))["summary"]
             row["s / 1,000 its"] = 1000 * seconds_per_iteration(job.folder / "metrics.csv")
@@ -195,7 +218,7 @@ def main() -> int:
         raise UserError("--jobs must be at least 1")
     out = args.out or Path("runs") / f"{script}-sweep"
     jobs = combinations(script, args.sweep, argv[cut + 1:], out)
-    train_all(jobs, args.jobs)
+    train_all(jobs, args.jobs, show=True)
     lines = table(jobs)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

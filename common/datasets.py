@@ -407,6 +407,6 @@ class Batches:
         return to_float(images), labels
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device == self.device or self.device.type != "cuda":
+        if x.device.type == self.device.type:  # "cuda" and "cuda:0" are not equal
             return x
         return x.pin_memory().to(self.device, non_blocking=True)  # the host does not wait

@@ -159,7 +159,11 @@ def test_a_stop_ends_the_runs_and_nothing_is_kept(call, tmp_path, capfd, monkeyp
 
     def stop() -> None:
         until = time.monotonic() + 120
-        while time.monotonic() < until and not all((folder / "metrics.csv").exists() for folder in folders):
+        tables = [folder / "metrics.csv" for folder in folders]
+
+        def begun(table: Path) -> bool:
+            return table.exists() and table.read_text().count("\n") > 1
+        while time.monotonic() < until and not all(map(begun, tables)):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
     thread = threading.Thread(target=stop)

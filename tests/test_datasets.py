@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms.functional import to_tensor
 
 from common import datasets
@@ -151,6 +152,14 @@ def test_batches_cover_an_epoch_once_and_depend_on_seed_and_number_alone():
         Batches(data, 21, 0, cpu)
 
 
+def test_batches_of_a_set_on_a_gpu_stay_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    with FakeTensorMode():  # plays a GPU where there is none
+        for name in ("cuda", "cuda:0"):
+            images, labels = Batches(numbered(20), 6, 1, torch.device(name))(0)
+            assert images.device == labels.device == torch.device("cuda:0")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_batches_of_a_set_that_does_not_fit(monkeypatch):
     device, data = torch.device("cuda"), numbered(50)
@@ -169,8 +178,8 @@ def test_synthetic_scenes_are_cached_and_own_the_test_lists(tmp_path, monkeypatc
     monkeypatch.setattr(scenes, "render", None)
     again = load_iclevr("synthetic", 32, 4)
     assert torch.equal(first.images, again.images) and first.name == "synthetic scenes"
-    asked = {name: (sets < 24).sum().item() for name, sets in first.tests.items()}
-    assert asked == {"test": 72, "new_test": 84}
+    objects = {name: (sets < 24).sum().item() for name, sets in first.tests.items()}
+    assert objects == {"test": 72, "new_test": 84}
     assert all(len(sets) == 32 for sets in first.tests.values())
 
 

@@ -94,9 +94,7 @@ def test_the_course_s_checkpoint_is_used_as_it_is(tmp_path):
 
 
 def data_of(n_classes):
-    class Data:
-        classes, kind = tuple(str(i) for i in range(n_classes)), "scenes"
-    return Data()
+    return settings(classes=tuple(map(str, range(n_classes))), kind="scenes")
 
 
 def test_refused_judges(tmp_path):

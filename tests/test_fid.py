@@ -30,8 +30,7 @@ def net(state) -> fid.Inception:
 @pytest.fixture(scope="module")
 def reference(state):
     """pytorch_fid.fid_score, its network made with our random weights."""
-    why = "pytorch-fid is the reference: pip install pytorch-fid"
-    score = pytest.importorskip("pytorch_fid.fid_score", reason=why)
+    score = pytest.importorskip("pytorch_fid.fid_score", reason="the reference: pip install pytorch-fid")
     sqrtm = linalg.sqrtm
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pytorch_fid.inception.load_state_dict_from_url", lambda *_, **__: state)
@@ -86,9 +85,8 @@ def test_features_are_those_of_pytorch_fid(net, theirs, shape):
     images = torch.rand(shape, generator=torch.Generator().manual_seed(shape[2]))
     expected = theirs(images.expand(-1, 3, -1, -1))[0].flatten(1)
     assert expected.shape == (shape[0], 2048) and expected.std(0).mean() > 1e-2  # not all the same
-    size = expected.abs().mean().item()
     net.train()  # has no effect
-    torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4 * size)
+    torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().mean().item())
 
 
 def test_the_network_keeps_out_of_the_way(state, net):
@@ -179,8 +177,7 @@ def test_distance_at_2048_dimensions_is_that_of_the_matrix_square_root():
 def test_distance_of_covariances_with_common_axes(a, b):
     axes, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(100, 100)))
     s1, s2 = axes * a @ axes.T, axes * b @ axes.T
-    mu = np.ones(100)
-    expected = ((a ** 0.5 - b ** 0.5) ** 2).sum()
+    mu, expected = np.ones(100), ((a ** 0.5 - b ** 0.5) ** 2).sum()
     assert fid.frechet_distance(mu, s1, mu, s2) == pytest.approx(expected, rel=1e-6)
     assert fid.frechet_distance(mu, s1, 0 * mu, s2) == pytest.approx(expected + 100, rel=1e-6)
     assert 0 <= fid.frechet_distance(mu, s2, mu, s2) < 1e-6

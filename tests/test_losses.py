@@ -1,17 +1,38 @@
-"""Adversarial losses and penalties against their formulas, written out in float64."""
+"""Adversarial losses and penalties against their formulas, written out."""
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from common import losses
 
 
-def test_wasserstein_losses():
-    real, fake = torch.tensor([1.0, 3.0], dtype=torch.float64), torch.tensor([-1.0, 0.0], dtype=torch.float64)
-    assert losses.wasserstein_d(real, fake).item() == pytest.approx(-0.5 - 2)
-    assert losses.hinge_g(fake).item() == pytest.approx(0.5)
+def test_hinge_and_wasserstein_losses_are_their_formulas():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.25, 1.0])
+    assert losses.hinge_d(real, fake).item() == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 1.25 + 2) / 3)
+    assert losses.hinge_g(fake).item() == pytest.approx((3 - 0.25 - 1) / 3)
+    assert losses.wasserstein_d(real, fake).item() == pytest.approx((-3 + 0.25 + 1 - 2 - 0.5 + 1) / 3)
+
+
+def test_flipped_labels_swap_real_and_fake():
+    real, fake = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    none, every = torch.zeros(2, 50, dtype=torch.bool), torch.ones(2, 50, dtype=torch.bool)
+    torch.testing.assert_close(losses.hinge_d(real, fake, none), losses.hinge_d(real, fake))
+    torch.testing.assert_close(losses.hinge_d(real, fake, every), losses.hinge_d(fake, real))
+    one = none.clone()
+    one[1, 7] = True  # a single fake counts as real
+    expected = losses.hinge_d(real, fake) + (F.relu(1 - fake[7]) - F.relu(1 + fake[7])) / 50
+    torch.testing.assert_close(losses.hinge_d(real, fake, one), expected)
+
+
+def test_relativistic_hinge_is_its_formula():
+    real, fake = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    d_loss = losses.hinge_d(*losses.relativistic(real, fake))
+    expected = (sum(max(0, 1 - (r - fake.mean())) for r in real) / 9
+                + sum(max(0, 1 + f - real.mean()) for f in fake) / 9)
+    torch.testing.assert_close(d_loss, expected)
 
 
 class Critic(nn.Module):
@@ -23,7 +44,7 @@ class Critic(nn.Module):
         self.w, self.u = nn.Parameter(w), nn.Parameter(u)
 
     def forward(self, x):
-        self.seen = x.detach()
+        self.points = x.detach()
         return (self.w * x.square() / 2 + self.u * x).flatten(1).sum(1)
 
 
@@ -46,12 +67,12 @@ def test_penalties_are_their_formulas(name):
     critic, (real, fake) = Critic((3, 4, 4)), batches()
     found = penalty(critic, real, fake)
     # the points lie on the lines between the pairs, each at a share of its own, the same for all pixels
-    share = (critic.seen - real) / (fake - real)
+    share = (critic.points - real) / (fake - real)
     torch.testing.assert_close(share, share[:, :1, :1, :1].expand_as(share))
     share = share[:, 0, 0, 0]
     assert ((0 < share) & (share < 1)).all() and share.std() > 0.05
     # one norm over all the pixels and channels of an image, written out
-    gradients = (critic.w * critic.seen + critic.u).flatten(1).tolist()
+    gradients = (critic.w * critic.points + critic.u).flatten(1).tolist()
     expected = formula([math.sqrt(sum(v * v for v in row)) for row in gradients])
     assert found.item() == pytest.approx(expected, rel=1e-12)
     # its slope by D's weights, which is what D learns by, against differences
@@ -61,7 +82,7 @@ def test_penalties_are_their_formulas(name):
     for sign in (1, -1):
         w = critic.w.detach().clone()
         w[at] += sign * step
-        rows = (w * critic.seen + critic.u.detach()).flatten(1).tolist()
+        rows = (w * critic.points + critic.u.detach()).flatten(1).tolist()
         values.append(formula([math.sqrt(sum(v * v for v in row)) for row in rows]))
     assert critic.w.grad[at].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
 

@@ -63,7 +63,8 @@ def test_a_run_leaves_everything(finished, name):
     loss, score = LOSSES.get(name, "d_loss"), "accuracy_test" if "iclevr" in name else "fd_judge"
     assert [loss in row for row in rows] == [True] * 5
     assert [score in row for row in rows] == [False, True, False, True, True]
-    assert sorted(p.name for p in (folder / "samples").iterdir()) == [f"step_000000{i}.png" for i in (3, 6, 9)]
+    samples = sorted(p.name for p in (folder / "samples").iterdir())
+    assert samples == [f"step_000000{i}.png" for i in (3, 6, 9)]
     for file in ["config.json", "last.pt", "best.pt", "progress.gif", "curves.png", "tensorboard",
                  *(f"{grid}.png" for grid in GRIDS[name])]:
         assert (folder / file).stat().st_size > 0, file
@@ -154,8 +155,9 @@ def uninterrupted(workdir):
 @pytest.mark.parametrize("how, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_that_resumes_to_the_same_bits(workdir, uninterrupted, how, status):
     folder = workdir / "runs" / how.name
-    process = subprocess.Popen(command("sngan_iclevr.py", *LONG, "--out", str(folder)), cwd=workdir, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    args = command("sngan_iclevr.py", *LONG, "--out", str(folder))
+    process = subprocess.Popen(args, cwd=workdir, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=environment())
     table = folder / "metrics.csv"
     wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 5, process)
     process.send_signal(how)

@@ -28,6 +28,7 @@ def test_each_combination_is_a_run():
     assert jobs["latent_dim=16,net=mlp"] == ["--quick", "--latent-dim=16", "--net=mlp"]
     jobs = named("sngan_iclevr", ["add_noise=true,false"])
     assert list(jobs.values()) == [["--add-noise"], ["--no-add-noise"]]
+    assert named("dcgan_mnist", ["data=a/x,b/x"]) == {"data=a_x": ["--data=a/x"], "data=b_x": ["--data=b/x"]}
 
 
 def test_variants_are_the_script_s_own():
@@ -45,7 +46,10 @@ def test_variants_are_the_script_s_own():
     ("acgan_celeba", ["variants"], ["--d-norm", "spectral"], "set each field once"),
     ("acgan_celeba", ["variants", "loss=bce"], [], "set each field once"),
     ("sngan_iclevr", ["add_noise=false"], ["--no-add-noise"], "set each field once"),
-    ("sngan_iclevr", ["add_noise=maybe"], [], "to values it takes"),
+    ("sngan_iclevr", ["add_noise=maybe"], [], "to different values it takes"),
+    ("dcgan_mnist", ["seed=1,1"], [], "different values"), ("dcgan_mnist", ["data=a/b,a_b"], [], "different"),
+    ("dcgan_mnist", ["seed=1"], ["--out", "y"], "--out after --"),
+    ("dcgan_mnist", ["seed=1"], ["--resume=y"], "--resume after --"),
 ])
 def test_refused_sweeps(script, items, extra, message):
     with pytest.raises(UserError, match=message) as error:
@@ -82,24 +86,30 @@ def test_a_sweep_makes_its_runs_once_and_ends_in_a_table(here, monkeypatch, caps
     assert capsys.readouterr().out.count("done") == 1
     call(monkeypatch, "dcgan_mnist.py", "seed=0", "--out", "x", "--", *tiny, "--iters", "6")  # longer
     assert json.loads((here / "x" / "seed=0" / "config.json").read_text())["config"]["iters"] == 6
-    with pytest.raises(UserError, match="--lr-g is 0.0002 there, 0.5 here"):
-        call(monkeypatch, "dcgan_mnist.py", "seed=0", "--out", "x", "--", *tiny, "--lr-g", "0.5")
+    for other, message in ((["--lr-g", "0.5"], "--lr-g is 0.0002 there, 0.5 here"), ([], "with --iters 6"),
+                           (["--iters", "6", "--judge", "none"], "--judge is 'auto' there, 'none' here")):
+        with pytest.raises(UserError, match=message):
+            call(monkeypatch, "dcgan_mnist.py", "seed=0", "--out", "x", "--", *tiny, *other)
 
 
 def test_a_run_that_diverges_is_listed_and_the_others_continue(here, monkeypatch, capsys):
     tiny = flags(TINY["sngan_iclevr"] | dict(iters=4, sample_every=0, judge="none"))
     assert call(monkeypatch, "sngan_iclevr.py", "lr_g=1e30,1e-4", "--out", "x", "--", *tiny) == 3
     output = capsys.readouterr().out
-    assert "lr_g=1e30: diverged" in output and "lr_g=1e-4: done" in output
+    assert "lr_g=1e30: diverged\n" in output and "lr_g=1e-4: done" in output
+    assert "diverged: " in (here / "x" / "sweep.csv").read_text(encoding="utf-8")
     assert (here / "x" / "lr_g=1e30" / sweep.DIVERGED).read_text().startswith("error: ")
 
 
-def test_a_run_that_fails_ends_the_sweep(here, monkeypatch):
-    with pytest.raises(UserError, match="ended with status 2: .*no images/"):
-        (here / "empty").mkdir()
-        monkeypatch.setattr(sweep.Job, "command", lambda job: [
-            sys.executable, "-c", "import sys; print('error: no images/'); sys.exit(2)"])
+@pytest.mark.parametrize("ending, status", [("sys.exit(4)", 4), ("os.kill(os.getpid(), 9)", 137)])
+def test_a_run_that_fails_ends_the_sweep_with_its_status(here, monkeypatch, capsys, ending, status):
+    started = []
+    monkeypatch.setattr(sweep.Job, "command", lambda job: started.append(job) or [
+        sys.executable, "-c", f"import os, sys; print('what went wrong', flush=True); {ending}"])
+    with pytest.raises(SystemExit) as left:
         call(monkeypatch, "sngan_iclevr.py", "seed=0,1", "--out", "x")
+    assert left.value.code == status and len(started) == 1
+    assert f"x/seed=0 ended with status {status}:\nwhat went wrong" in capsys.readouterr().err
 
 
 def job_with(folder, summary, seconds=((2, 1.0), (4, 2.0))):
@@ -123,5 +133,9 @@ def test_seconds_per_iteration_leave_out_what_is_rare(tmp_path):
     job = job_with(tmp_path / "r", {}, ((10, 2), (20, 4), (30, 11), (40, 13), (50, 15)))
     path = job.folder / "metrics.csv"
     assert sweep.seconds_per_iteration(path) == pytest.approx(0.2)
+    path.write_text("step,seconds,d_loss,fd_judge\n10,2,1,\n20,9,1,5\n30,11,1,\n40,18,1,5\n50,20,1,\n")
+    assert sweep.seconds_per_iteration(path) == pytest.approx(0.2)  # scoring took as long, every other row
+    path.write_text("step,seconds,d_loss,fd_judge\n10,2,1,1\n20,9,1,5\n")
+    assert sweep.seconds_per_iteration(path) == pytest.approx(0.7)  # only rows with scores
     path.write_text("step,seconds\n")
     assert math.isnan(sweep.seconds_per_iteration(path))
