@@ -161,7 +161,7 @@ class Discriminator(nn.Module):
 
 # ---------------------------------------------------------------------- one step of D, one of G
 
-def d_step(cfg: Config, G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
+def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
            y: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update D with real images [B, 3, S, S] and generated ones of the same attributes [B, A]."""
     z = torch.randn(len(real), cfg.z_dim, device=real.device)
@@ -193,7 +193,7 @@ def d_step(cfg: Config, G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, 
                 aux_real=aux_real)
 
 
-def g_step(cfg: Config, G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, y: torch.Tensor,
+def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, y: torch.Tensor,
            autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update G with images of the attributes [B, A]."""
     z = torch.randn(len(y), cfg.z_dim, device=y.device)

@@ -135,7 +135,7 @@ def targets(cfg: Config, n: int, device: torch.device) -> torch.Tensor:
     return target
 
 
-def d_step(cfg: Config, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
+def d_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
            labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update D with real and generated images [B, 3, S, S] of the same labels [B, 3]."""
     with autocast():

@@ -196,7 +196,7 @@ class Discriminator(nn.Module):
 
 # ---------------------------------------------------------------------- one step of D, one of G
 
-def d_step(cfg: Config, G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
+def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
            labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update D with real images [B, 3, S, S] and generated ones of the same labels [B, 3]."""
     z = torch.randn(len(real), cfg.z_dim, device=real.device)
@@ -215,7 +215,7 @@ def d_step(cfg: Config, G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, 
     return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean())
 
 
-def g_step(cfg: Config, G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
+def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
            labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update G; real images [B, 3, S, S] are needed by the relativistic loss only."""
     z = torch.randn(len(labels), cfg.z_dim, device=real.device)

@@ -45,7 +45,7 @@ def copied(module, names: list[str]) -> str:
     chosen = [node for node in body if getattr(node, "name", None) in names]
     assert sorted(node.name for node in chosen) == sorted(names)
     used = {node.id for part in chosen for node in ast.walk(part) if isinstance(node, ast.Name)}
-    lines = ["from __future__ import annotations"]  # `cfg: Config` does not call for the Config
+    lines = []
     for node in body:
         for alias in getattr(node, "names", []):
             path = getattr(node, "module", "") or alias.name
