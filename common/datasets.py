@@ -1,21 +1,19 @@
 """Data sets as one uint8 image tensor with labels, decoded once and cached; batches by index."""
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torchvision.datasets import MNIST
+from torchvision.transforms.functional import center_crop, resize
 
 from common.errors import UserError, reading
-from common.system import write_whole
-from synthetic import digits, faces, scenes
+from common.system import cached, digest_of
+from synthetic import digits, faces, rendered, scenes
 
 MAX_OBJECTS = 3  # in an image of i-CLEVR
 
@@ -170,9 +168,9 @@ def load_digits(cfg, image_size: int) -> Data:
         root = Path("data" if source == "mnist" else source)
         sets = [read_mnist(root, train, download=source == "mnist") for train in (True, False)]
     digest = f"{digest_of('', *(x for pair in sets for x in pair))}-{image_size}"
-    (images, labels), (test_images, test_labels) = ((resize(x, image_size), y) for x, y in sets)
-    return Data("synthetic digits" if source == "synthetic" else "MNIST", "digits", source, images, labels,
-                tuple("0123456789"), digest, test_images, test_labels, test_factors=factors)
+    train, test = ((resize(images, [image_size, image_size]), labels) for images, labels in sets)
+    return Data("synthetic digits" if source == "synthetic" else "MNIST", "digits", source, *train,
+                tuple("0123456789"), digest, *test, test_factors=factors)
 
 
 def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,14 +182,6 @@ def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, t
         if images.shape != (len(labels), 28, 28) or not 0 <= labels.min() <= labels.max() <= 9:
             raise ValueError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)} do not match")
     return images[:, None], labels
-
-
-def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 [N, C, H, W] → uint8 [N, C, size, size], bilinear."""
-    if images.shape[2:] == (size, size):
-        return images
-    options = dict(size=(size, size), mode="bilinear", antialias=True)
-    return torch.cat([F.interpolate(x.float(), **options).round().byte() for x in images.split(4096)])
 
 
 # ---------------------------------------------------------------------- faces
@@ -208,7 +198,7 @@ def load_faces(cfg) -> Data:
 
     cfg.attributes: columns of the table, joined by commas; "": eight of CelebA's, all of another set's.
     cfg.crop: side of the square cut out of the middle of each image; 0: the largest. cfg.skip_bad_images:
-    leave out, and count, images that can't be read or have no row. A fixed tenth is held out for tests.
+    leave out, and count, images that can't be read. A fixed tenth is held out for tests.
     Raises UserError for what is missing or malformed.
     """
     source, size = pick_source(cfg.data, "data/celeba"), cfg.image_size
@@ -223,29 +213,21 @@ def load_faces(cfg) -> Data:
             raise UserError(f"--data {source}: it has no {' or '.join(FACE_LAYOUTS)}, with the images in "
                             f"{' or '.join(d for _, d in FACE_LAYOUTS.values())} beside it")
         name, folder = FACE_LAYOUTS[table.name]
-        folder = table.parent / folder
         known, rows = read_attributes(table)
         columns = pick_columns(cfg.attributes or CELEBA_ATTRIBUTES * (name == "CelebA"), known, str(table))
-        if not folder.is_dir():
-            raise UserError(f"{folder} is missing: it should hold the images of {table.name}")
-        without = sorted({entry.name for entry in os.scandir(folder) if entry.is_file()} - rows.keys())
-        if without and not cfg.skip_bad_images:
-            raise UserError(f"{folder / without[0]} has no row in {table.name} ({len(without)} such files): "
-                            "remove them, or leave them out with --skip-bad-images")
-        images, pixels, kept = load_images(folder, sorted(rows), size, cfg.crop, cfg.skip_bad_images)
-        labels = torch.tensor([rows[name] for name in sorted(rows)])[kept][:, columns]
-        if without or len(kept) < len(rows):
-            print(f"*** {folder.parent}: left out {len(rows) - len(kept)} unusable images and {len(without)} "
-                  "files without a row ***")
+        names = sorted(rows)
+        images, pixels, kept = load_images(table.parent / folder, names, size, cfg.crop, cfg.skip_bad_images)
+        labels = torch.tensor([rows[name] for name in names])[kept][:, columns]
+        if len(kept) < len(names):
+            print(f"*** {folder}: left out {len(names) - len(kept)} unusable images ***")
     classes = tuple(known[i] for i in columns)
-    digest = digest_of(pixels + repr(classes), labels)
     if len(images) < 20:
         raise UserError(f"{name}: {len(images)} images are too few; a tenth of at least 20 is held out")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, test = order[len(order) // 10:].sort().values, order[:len(order) // 10].sort().values
+    test, train = (part.sort().values for part in order.tensor_split([len(order) // 10]))
     y = labels.float()
-    return Data(name, "faces", source, images[train], y[train], classes, digest, images[test], y[test],
-                one_of_groups(labels))
+    return Data(name, "faces", source, images[train], y[train], classes,
+                digest_of(pixels + repr(classes), labels), images[test], y[test], one_of_groups(labels))
 
 
 def pick_columns(attributes: str, known: tuple[str, ...], where: str) -> list[int]:
@@ -288,7 +270,7 @@ def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]
 
 # ---------------------------------------------------------------------- decoding and caching
 
-def load_images(folder: Path, names: Iterable[str], size: int, crop: int | None = None,
+def load_images(folder: Path, names: list[str], size: int, crop: int | None = None,
                 skip_bad: bool = False) -> tuple[torch.Tensor, str, torch.Tensor]:
     """The named images as RGB squares: uint8 [K, 3, size, size], a digest of the pixels, which names [K].
 
@@ -296,35 +278,33 @@ def load_images(folder: Path, names: Iterable[str], size: int, crop: int | None 
     Decoded once and cached beside the folder until a file in it changes. Raises UserError for a missing
     image, and, unless skip_bad, for one that is unreadable or smaller than the crop.
     """
-    names = list(names)
-    stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
+    with reading(folder, "the folder of the images"):
+        stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
     missing = [name for name in names if name not in stats]
     if missing:
         raise UserError(f"{folder / missing[0]} is missing ({len(missing)} of {len(names)} images are): "
                         "unpack the set again, or remove them from the list that names them")
     state = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in names]
-    key = hashlib.sha1(repr((state, crop, skip_bad)).encode()).hexdigest()
 
     def decode() -> dict:
         print(f"decoding {len(names):,} images of {folder} …", flush=True)
         pixels = np.empty((len(names), size, size, 3), np.uint8)
-        good = torch.ones(len(names), dtype=torch.bool)
 
-        def one(i: int) -> None:
+        def one(i: int) -> bool:
             try:
                 pixels[i] = decode_image(folder / names[i], size, crop)
+                return True
             except UserError:
-                if not skip_bad:
-                    raise
-                good[i] = False
+                if skip_bad:
+                    return False
+                raise
 
         with ThreadPoolExecutor() as pool:
-            list(pool.map(one, range(len(names))))
-        kept = good.nonzero()[:, 0]
+            kept = torch.tensor(list(pool.map(one, range(len(names))))).nonzero()[:, 0]
         return {"images": torch.from_numpy(pixels).permute(0, 3, 1, 2)[kept].contiguous(), "kept": kept}
 
     suffix = f"{size}" if crop is None else f"{size}-crop{crop}"
-    d = cached(folder.parent / f".{folder.name}-{suffix}.cache.pt", key, decode)
+    d = cached(folder.parent / f".{folder.name}-{suffix}.cache.pt", (state, crop, skip_bad), decode)
     if not len(d["kept"]):
         raise UserError(f"{folder}: none of the {len(names)} images can be read")
     return d["images"], d["digest"], d["kept"]
@@ -338,46 +318,8 @@ def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
         if crop and min(image.size) < crop:
             raise ValueError(f"{image.width}×{image.height} pixels are smaller than --crop {crop}")
     if crop is not None:
-        side = crop or min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
+        image = center_crop(image, [crop or min(image.size)])
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def cached(path: Path, key: str, make: Callable[[], dict]) -> dict:
-    """make()'s tensors with a "digest" of the images, read from `path` if it was written for the same key."""
-    if path.is_file():
-        try:
-            stored = torch.load(path, weights_only=True)
-            if stored["key"] == key:
-                print(f"read from the cache {path}")
-                return stored
-        except Exception:  # a damaged cache is rebuilt
-            pass
-    made = make()
-    made |= {"key": key, "digest": digest_of("", made["images"])}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda p: torch.save(made, p))
-    except OSError as error:
-        print(f"no cache written: {error}")
-    return made
-
-
-def rendered(renderer, n: int, size: int, keys: tuple[str, ...]) -> dict:
-    """What renderer.render returns for n and size, by key; cached until the renderer's code changes."""
-    name, code = Path(renderer.__file__).stem, hashlib.sha1(Path(renderer.__file__).read_bytes()).hexdigest()
-
-    def render() -> dict:
-        print(f"rendering {n:,} synthetic {name} at {size}×{size} …", flush=True)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return dict(zip(keys, renderer.render(n, size, device=device), strict=True))
-    return cached(Path(f"data/cache/{name}-{size}-{n}.pt"), code, render)
-
-
-def digest_of(text: str, *tensors: torch.Tensor) -> str:
-    """Twelve hexadecimal digits that name a text and tensors."""
-    return hashlib.sha1(text.encode() + b"".join(x.numpy().tobytes() for x in tensors)).hexdigest()[:12]
 
 
 class Batches:

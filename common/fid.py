@@ -179,6 +179,5 @@ def _root(sigma: np.ndarray) -> np.ndarray:
     root[pivots - 1] = np.tril(lower)[:, :rank]
     trace, skew = np.trace(sigma), np.abs(sigma.sum(0) - sigma.sum(1)).max()
     if skew > 1e-6 * trace or abs((root ** 2).sum() - trace) > 1e-3 * trace:
-        raise UserError("a matrix that is not symmetric, or has negative eigenvalues, is not a covariance: "
-                        "make the statistics again")
+        raise UserError("not a covariance: not symmetric, or with negative eigenvalues. Make it again")
     return root

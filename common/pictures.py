@@ -136,26 +136,23 @@ def save_curves(table: Path, path: Path, title: str) -> bool:
         return False
     with open(table, newline="") as f:
         rows = list(csv.DictReader(f))
-    panels: dict[str, list[str]] = {}
-    for name in [n for n in (rows[0] if rows else {}) if n not in ("step", "seconds")]:
-        panel = next(panel for panel, begins in PANELS if name.startswith(begins))
-        panels.setdefault(panel, []).append(name)
-    order = [panel for panel, _ in PANELS if panel in panels]
-    figure = Figure(figsize=(8, 1 + 2.4 * max(1, len(order))))
+    names = [name for name in (rows[0] if rows else {}) if name not in ("step", "seconds")]
+    panels: dict[str, list[str]] = {panel: [] for panel, _ in PANELS}
+    for name in names:
+        panels[next(panel for panel, begins in PANELS if name.startswith(begins))].append(name)
+    panels = {panel: columns for panel, columns in panels.items() if columns} or {"losses": []}
+    figure = Figure(figsize=(8, 1 + 2.4 * len(panels)), layout="tight")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(max(1, len(order)), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, ax in zip(order, axes, strict=False):
-        for name in panels[panel]:
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for (panel, columns), ax in zip(panels.items(), axes, strict=True):
+        for name in columns:
             points = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
-            marker = "." if len(points) < 100 else None
-            ax.plot(*zip(*points, strict=True), marker=marker, linewidth=1, label=name)
-        ax.set_ylabel(panel)
+            ax.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else None, label=name)
+        ax.set(ylabel=panel, yscale="log" if panel == "Fréchet distance" else "linear")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-        if panel == "Fréchet distance":
-            ax.set_yscale("log")
+        if ax.lines:
+            ax.legend(fontsize=8)
     axes[0].set_title(title, fontsize=9)
     axes[-1].set_xlabel("iteration")
-    figure.tight_layout()
     write_whole(path, lambda p: figure.savefig(p, dpi=110))
     return True

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -82,10 +83,12 @@ class Run:
                 torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
 
     def save(self, name: str) -> None:
-        """Write NAME.pt; raises NotFinite, and keeps the old file, if anything in it is not finite."""
+        """Write NAME.pt; raises NotFinite, and keeps the old file, if a weight is not finite."""
         state = {key: thing.state_dict() for key, thing in self.tracked.items()}
-        if odd := [where for where, x in tensors_of(state) if not x.isfinite().all()]:
-            raise NotFinite(f"{odd[0]} is not finite at step {self.step}. {KEPT}")
+        for key, values in state.items():
+            for weight, x in values.items():
+                if isinstance(x, torch.Tensor) and not x.isfinite().all():
+                    raise NotFinite(f"{key}.{weight} is not finite at step {self.step}. {KEPT}")
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -248,14 +251,11 @@ class Run:
         """One status line: rewritten in place on a terminal, a line of its own elsewhere."""
         now, (then, since), iters = time.monotonic(), self.mark, self.cfg.iters
         rate, self.mark = (self.step - since) / max(now - then, 1e-9), (now, self.step)
-        left = int((iters - self.step) / rate)
+        left = timedelta(seconds=int((iters - self.step) / rate))
         values = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-        line = (f"step {self.step}/{iters}  {values}  {rate:.2f} it/s  "
-                f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
-        if sys.stdout.isatty():
-            print(f"\r{line}\x1b[K", end="\n" if self.step == iters else "", flush=True)
-        else:
-            print(line, flush=True)
+        line = f"step {self.step}/{iters}  {values}  {rate:.2f} it/s  {left} left"
+        terminal = sys.stdout.isatty()
+        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and left else "\n", flush=True)
 
     def __enter__(self):
         """Ctrl-C and SIGTERM stop the loop after its iteration; a second one, or outside of it, at once."""
@@ -269,12 +269,3 @@ class Run:
     def __exit__(self, *_):
         for s, handler in self.old_handlers.items():
             signal.signal(s, handler)
-
-
-def tensors_of(state, where: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in nested dicts and lists, with its path, such as "G.blocks.0.weight"."""
-    if isinstance(state, torch.Tensor):
-        yield where, state
-    elif isinstance(state, dict | list | tuple):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from tensors_of(value, f"{where}.{key}".lstrip("."))

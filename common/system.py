@@ -1,4 +1,5 @@
 """The device, what a figure depends on, and files that are written whole."""
+import hashlib
 import os
 import platform
 import re
@@ -82,3 +83,28 @@ def free_folder(out: str, name: str) -> Path:
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"{folder} can't be created: {there} is not a writable folder")
     return folder
+
+
+def digest_of(text: str, *tensors: torch.Tensor) -> str:
+    """Twelve hexadecimal digits that name a text and tensors."""
+    return hashlib.sha1(text.encode() + b"".join(x.numpy().tobytes() for x in tensors)).hexdigest()[:12]
+
+
+def cached(path: Path, key, make: Callable[[], dict]) -> dict:
+    """make()'s tensors with a "digest" of the images, read from `path` if it was written for the same key."""
+    key = digest_of(repr(key))
+    try:
+        stored = torch.load(path, weights_only=True)
+        if stored["key"] == key:
+            print(f"read from the cache {path}")
+            return stored
+    except Exception:  # none, or a damaged one, which is rebuilt
+        pass
+    made = make()
+    made |= {"key": key, "digest": digest_of("", made["images"])}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda p: torch.save(made, p))
+    except OSError as error:
+        print(f"no cache written: {error}")
+    return made
