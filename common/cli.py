@@ -23,7 +23,7 @@ class Settings:
     out: str = ""  # folder of the run; empty: runs/SCRIPT
     seed: int = 0  # of weights, noise and the order of batches
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of the networks; penalties stay fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 (auto: where the hardware has it): autocast
     deterministic: bool = False  # the same bits in each CUDA run, a little slower
     log_every: int = 100  # iterations between rows of losses in metrics.csv
     sample_every: int = 500  # iterations between pictures; 0: never

@@ -23,7 +23,7 @@ from common.cli import Settings, parse
 from common.datasets import Data
 from common.errors import NotFinite, Stopped, UserError, exit_status, reading
 from common.pictures import save_curves, save_gif, save_grid
-from common.system import circumstances, free_folder, hardware, pick_device, write_whole
+from common.system import circumstances, free_folder, hardware, pick_device, pick_precision, write_whole
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -58,6 +58,7 @@ class Run:
             free_folder(cfg.out, "")  # an error now, not after the judge's training
         self.trained_seed = self._stored()["config"]["seed"] if folder else cfg.seed
         self.device = pick_device(cfg.device, cfg.deterministic)
+        cfg.precision = pick_precision(cfg.precision, self.device)
         print(f"device: {self.device} ({hardware(self.device)}), {cfg.precision}")
 
     def title(self, data: Data, *parts: str) -> str:
@@ -65,7 +66,7 @@ class Run:
         return ", ".join([f"{self.script.stem} on {data.name}", *parts, f"seed {self.trained_seed}"])
 
     def autocast(self) -> torch.autocast:
-        """bf16 within, if --precision says so; else as without."""
+        """bf16 within, if --precision says so; else as without. Losses and penalties stay fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16")
 
     # ------------------------------------------------------------------ checkpoints

@@ -34,13 +34,30 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
     return device
 
 
+def pick_precision(name: str, device: torch.device) -> str:
+    """"fp32" or "bf16", for autocast; "auto" is bf16 where the hardware has it: a CPU that lacks it emulates it.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = bool(re.search(r"avx512_bf16|amx_bf16", cpuinfo("flags")))
+    if name == "bf16" and not fast:
+        print(f"*** --precision bf16 is slow on this {device.type} device, which only emulates it ***")
+    return ("bf16" if fast else "fp32") if name == "auto" else name
+
+
+def cpuinfo(field: str) -> str:
+    """What Linux says of the first processor; "" elsewhere."""
+    try:
+        return re.search(rf"^{field}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
+    except (OSError, TypeError):
+        return ""
+
+
 def hardware(device: torch.device) -> str:
     """The names of the processor and, on CUDA, the GPU; and the number of threads."""
-    try:
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
-    except (OSError, TypeError):
-        name = platform.processor() or platform.machine()
     n = torch.get_num_threads()
+    name = cpuinfo("model name") or platform.processor() or platform.machine()
     name += f", {n} thread{'s' if n > 1 else ''}"
     return f"{torch.cuda.get_device_name(device)}; {name}" if device.type == "cuda" else name
 

@@ -220,6 +220,18 @@ def test_rows_and_pictures_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     assert [s["from_step"] for s in json.loads((folder / "config.json").read_text())["sittings"]] == [0, 5]
 
 
+def test_precision_auto_is_bf16_where_the_hardware_has_it_and_is_kept(tmp_path, monkeypatch, capsys):
+    cpu = torch.device("cpu")
+    for flags, expected in (("sse amx_bf16", "bf16"), ("sse avx512_bf16", "bf16"), ("sse avx512f", "fp32")):
+        monkeypatch.setattr(system, "cpuinfo", lambda _, flags=flags: flags)
+        assert system.pick_precision("auto", cpu) == expected and system.pick_precision("fp32", cpu) == "fp32"
+    assert not capsys.readouterr().out
+    assert system.pick_precision("bf16", cpu) == "bf16" and "only emulates it" in capsys.readouterr().out
+    r = train(new_run(tmp_path))
+    monkeypatch.setattr(system, "cpuinfo", lambda _: "avx512_bf16")
+    assert stored_config(Small, r.folder, {}, ()).precision == "fp32"
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     r = train(new_run(tmp_path, iters=5))
     before = (r.folder / "last.pt").read_bytes()
