@@ -35,8 +35,7 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """"fp32" or "bf16", for autocast; "auto" is bf16 where the hardware has it: a CPU that lacks it emulates it.
-    """
+    """"fp32" or "bf16", for autocast; "auto" is bf16 where the hardware has it and need not emulate it."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -69,7 +68,7 @@ def circumstances(device: torch.device) -> dict[str, str]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return {"commit": commit, "hardware": hardware(device), "torch": torch.__version__}
+    return {"commit": commit, "hardware": hardware(device), "torch": str(torch.__version__)}
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
