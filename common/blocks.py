@@ -24,19 +24,17 @@ def normed_once(net: nn.Module):
 @contextlib.contextmanager
 def frozen(*nets: nn.Module):
     """Within, forward passes record no gradients for the nets' own weights: G's step does not need D's."""
-    for net in nets:
-        net.requires_grad_(False)
+    together = nn.ModuleList(nets).requires_grad_(False)
     try:
         yield
     finally:
-        for net in nets:
-            net.requires_grad_(True)
+        together.requires_grad_(True)
 
 
 class Average:
-    """Exponential moving average of a generator's weights, for sampling: in eval mode, without gradients.
+    """A copy of G to sample from: the exponential moving average of its weights and batch-norm statistics.
 
-    decay 0 makes it a copy of the generator itself. Batch norm's statistics are averaged too.
+    In eval mode, without gradients; with decay 0, G itself.
     """
 
     def __init__(self, G: nn.Module, decay: float):
