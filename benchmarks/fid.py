@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
             for batch in features(net, read_images(side, args.batch_size, device)):
                 moments.update(batch)
                 kept[i] += [batch] if keep else []
-            sides[i] = Statistics(moments.mean.numpy(), moments.covariance.numpy(), moments.count)
+            sides[i] = Statistics(moments.mean.cpu().numpy(), moments.covariance.cpu().numpy(), moments.count)
     if args.save_stats:
         sides[0].save(target)
         print(f"wrote {target} (N = {sides[0].count})")

@@ -120,7 +120,7 @@ class Moments:
     """
 
     def __init__(self):
-        self.count, self._mean, self._scatter = 0, None, None
+        self.count, self.mean, self._scatter = 0, 0.0, 0.0
 
     def update(self, x: torch.Tensor) -> None:
         """Add features [N, D]. Raises UserError if they are not finite."""
@@ -128,26 +128,19 @@ class Moments:
         if not x.isfinite().all():
             raise UserError(f"NaN or infinite features after {self.count} good images: has the generator "
                             "diverged, or were no weights loaded?")
-        if self._mean is None:
-            self._mean, self._scatter = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
         total = self.count + len(x)
-        delta = x.mean(0) - self._mean
+        delta = x.mean(0) - self.mean
         x = x - x.mean(0)
-        self._scatter.addmm_(x.T, x).addr_(delta, delta, alpha=self.count * len(x) / total)
-        self._mean += delta * len(x) / total
+        self._scatter += x.T @ x + torch.outer(delta, delta) * (self.count * len(x) / total)
+        self.mean = self.mean + delta * len(x) / total
         self.count = total
 
     @property
-    def mean(self) -> torch.Tensor:
-        """[D], float64, on the CPU."""
-        return self._mean.cpu()
-
-    @property
     def covariance(self) -> torch.Tensor:
-        """[D, D], unbiased (N - 1), float64, on the CPU. Raises UserError for fewer than two samples."""
+        """Unbiased (N - 1). Raises UserError for fewer than two samples."""
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 images, there are {self.count}: give more")
-        return (self._scatter / (self.count - 1)).cpu()
+        return self._scatter / (self.count - 1)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
@@ -156,8 +149,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     In float64, exact to rounding for covariances of less than full rank too. Raises UserError if shapes
     differ, values are not finite or a matrix is not a covariance.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(a.detach().cpu() if torch.is_tensor(a) else a, np.float64)
-                                for a in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu().numpy() for a in (mu1, sigma1, mu2, sigma2))
     if not mu1.shape * 2 == mu2.shape * 2 == sigma1.shape == sigma2.shape:
         raise UserError(f"statistics of {mu1.size} and {mu2.size} dimensions can't be compared: make both "
                         "with the same network")
@@ -168,7 +160,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     gram = product @ product.T if len(product) < product.shape[1] else product.T @ product
     # Small eigenvalues are kept, since thousands of them add up; only what rounding made negative is zero.
     cross = np.sqrt(eigvalsh(gram).clip(min=0)).sum() if gram.size else 0.0
-    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * cross
     return max(float(distance), 0.0)
 
 
