@@ -3,6 +3,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ class Data:
         if len(numbers) < 10:
             raise UserError(f"{self.name} has fewer than 10 scenes, too few for a judge: use --judge none")
         order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
-        test = torch.isin(self.scene, numbers[order[:max(1, round(len(numbers) / 10))]])
+        test = torch.isin(self.scene, numbers[order[:round(len(numbers) / 10)]])
         return self.images[~test], self.labels[~test], self.images[test], self.labels[test]
 
     def validation_images(self) -> torch.Tensor:
@@ -87,8 +88,7 @@ def load_iclevr(cfg) -> Data:
     """i-CLEVR from the folder cfg.data, or cfg.n_scenes synthetic scenes, at cfg.image_size.
 
     The folder holds images/ (or iclevr/, image/) with PNGs of any size, train.json, test.json, new_test.json
-    and objects.json. Images are resized to a square, not cropped, as the course does. Raises UserError for
-    what is missing or malformed.
+    and objects.json. Images are squeezed into a square, not cropped, as the course does. Raises UserError.
     """
     source, size = pick_source(cfg.data, "data/iclevr"), cfg.image_size
     if source == "synthetic":
@@ -106,10 +106,9 @@ def load_iclevr(cfg) -> Data:
     names = sorted(train)
     images, pixels, _ = load_images(pictures, names, size)
     labels = torch.tensor([train[name] for name in names])
-    number = {key: i for i, key in enumerate(dict.fromkeys(name.rsplit("_", 1)[0] for name in names))}
-    scene = torch.tensor([number[name.rsplit("_", 1)[0]] for name in names])
+    scene = np.unique([name.rsplit("_", 1)[0] for name in names], return_inverse=True)[1]
     return Data("i-CLEVR", "scenes", source, images, labels, tuple(sorted(ids, key=ids.get)),
-                digest_of(pixels, labels), scene=scene, tests=tests)
+                digest_of(pixels, labels), scene=torch.from_numpy(scene), tests=tests)
 
 
 def read_iclevr_lists(folder: Path) -> tuple[dict, dict, dict]:
@@ -242,14 +241,10 @@ def pick_columns(attributes: str, known: tuple[str, ...], where: str) -> list[in
 
 def one_of_groups(labels: torch.Tensor) -> tuple[tuple[int, ...], ...]:
     """Split columns of 0/1 labels [N, A] into groups of neighbours with one 1 per row; () if impossible."""
-    groups, start = [], 0
-    while start < labels.shape[1]:
-        ends = (labels[:, start:].cumsum(1) == 1).all(0).nonzero()[:, 0]
-        if not len(ends) or ends[0] == 0:
-            return ()
-        groups.append(tuple(range(start, start + int(ends[0]) + 1)))
-        start = groups[-1][-1] + 1
-    return tuple(groups)
+    count = labels.cumsum(1)  # group k ends where every row has first counted to k
+    ends = [int((count == k).all(0).int().argmax()) + 1 for k in range(1, int(count.max()) + 1)]
+    groups = tuple(tuple(range(start, end)) for start, end in pairwise([0, *ends]))
+    return groups if all(len(g) > 1 for g in groups) and ends[-1:] == [labels.shape[1]] else ()
 
 
 def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]:
@@ -280,8 +275,7 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
     """
     with reading(folder, "the folder of the images"):
         stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
-    missing = [name for name in names if name not in stats]
-    if missing:
+    if missing := [name for name in names if name not in stats]:
         raise UserError(f"{folder / missing[0]} is missing ({len(missing)} of {len(names)} images are): "
                         "unpack the set again, or remove them from the list that names them")
     state = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in names]
@@ -294,10 +288,8 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
             try:
                 pixels[i] = decode_image(folder / names[i], size, crop)
                 return True
-            except UserError:
-                if skip_bad:
-                    return False
-                raise
+            except UserError if skip_bad else ():
+                return False
 
         with ThreadPoolExecutor() as pool:
             kept = torch.tensor(list(pool.map(one, range(len(names))))).nonzero()[:, 0]
@@ -319,7 +311,7 @@ def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
             raise ValueError(f"{image.width}×{image.height} pixels are smaller than --crop {crop}")
     if crop is not None:
         image = center_crop(image, [crop or min(image.size)])
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+    return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 class Batches:
@@ -345,10 +337,7 @@ class Batches:
             self.order = torch.randperm(len(self.images), generator=g).to(self.images.device)
             self.epoch = epoch
         index = self.order[at * self.batch_size:(at + 1) * self.batch_size]
-        images, labels = (self._to_device(x[index]) for x in (self.images, self.labels))
+        images, labels = self.images[index], self.labels[index]
+        if images.device.type != self.device.type:  # "cuda" and "cuda:0" are not equal, but alike
+            images, labels = (x.pin_memory().to(self.device, non_blocking=True) for x in (images, labels))
         return to_float(images), labels
-
-    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == self.device.type:  # "cuda" and "cuda:0" are not equal
-            return x
-        return x.pin_memory().to(self.device, non_blocking=True)  # the host does not wait
