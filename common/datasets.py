@@ -282,13 +282,13 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
 
     def decode() -> dict:
         print(f"decoding {len(names):,} images of {folder} …", flush=True)
-        pixels = np.empty((len(names), size, size, 3), np.uint8)
+        pixels, skipped = np.empty((len(names), size, size, 3), np.uint8), UserError if skip_bad else ()
 
         def one(i: int) -> bool:
             try:
                 pixels[i] = decode_image(folder / names[i], size, crop)
                 return True
-            except UserError if skip_bad else ():
+            except skipped:
                 return False
 
         with ThreadPoolExecutor() as pool:

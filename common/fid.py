@@ -1,7 +1,7 @@
 """Fréchet inception distance (FID) by pytorch-fid's pipeline and weights (Heusel et al. 2017).
 
 FID is the name of one figure only: Inception weights of 2015-12-05, images of 8 bits, all of them counted.
-load_inception() refuses other weights. benchmarks/fid.py compares folders of images.
+benchmarks/fid.py compares folders of images.
 """
 import hashlib
 import io
@@ -78,25 +78,19 @@ def load_inception(weights: str = "auto", device: torch.device | str = "cpu") ->
 
     Raises UserError if it is not available, or is another file: figures from other weights are not FID.
     """
-    path = Path(weights)
-    if weights == "auto":
-        path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
-        if not path.exists():
+    auto = weights == "auto"
+    path = Path(torch.hub.get_dir(), "checkpoints", URL.rsplit("/", 1)[1]) if auto else Path(weights)
+    with reading(path, f"the FID Inception network. Get it from {URL} and name the file with --fid-weights"):
+        if auto and not path.exists():
             print(f"fetching the FID weights to {path} …", flush=True)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)
-            except (OSError, RuntimeError) as error:  # no network, no space; another hash
-                raise UserError(f"the FID weights could not be fetched ({error}): get {URL} by other means "
-                                "and name the file with --fid-weights") from None
-    with reading(path, URL):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)
         content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if not digest.startswith(SHA256):
-        raise UserError(f"{path} is not the FID Inception network, or is cut off: its SHA-256 is "
-                        f"{digest[:8]}…, not {SHA256}…. Delete it and get {URL} again")
-    net = Inception()
-    net.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        digest = hashlib.sha256(content).hexdigest()
+        if not digest.startswith(SHA256):
+            raise ValueError(f"its SHA-256 is {digest[:8]}…, not {SHA256}…")
+        net = Inception()
+        net.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -146,15 +140,10 @@ class Moments:
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """‖μ₁ - μ₂‖² + Tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), of tensors or arrays [D] and [D, D] (Heusel et al. 2017, eq. 6).
 
-    In float64, exact to rounding for covariances of less than full rank too. Raises UserError if shapes
-    differ, values are not finite or a matrix is not a covariance.
+    In float64, exact to rounding for covariances of less than full rank too. Raises UserError if a matrix is
+    not a covariance.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu().numpy() for a in (mu1, sigma1, mu2, sigma2))
-    if not mu1.shape * 2 == mu2.shape * 2 == sigma1.shape == sigma2.shape:
-        raise UserError(f"statistics of {mu1.size} and {mu2.size} dimensions can't be compared: make both "
-                        "with the same network")
-    if not all(np.isfinite(a).all() for a in (mu1, mu2, sigma1, sigma2)):
-        raise UserError("statistics with NaN or infinite values have no distance: look at their images")
     # With Σ₁ = AAᵀ and Σ₂ = BBᵀ, Σ₁Σ₂ has the eigenvalues of the symmetric (AᵀB)ᵀ(AᵀB), beside zeros.
     product = _root(sigma1).T @ _root(sigma2)
     gram = product @ product.T if len(product) < product.shape[1] else product.T @ product

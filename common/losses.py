@@ -30,14 +30,11 @@ def wasserstein_d(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     return fake.mean() - real.mean()
 
 
-Critic = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] → scores [B]
-
-
-def _gradient_norms(critic: Critic, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+def _gradient_norms(critic: Callable, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """‖∇D(x̂)‖₂ [B], over all values of x̂, a random point between each pair of real and fake [B, C, H, W].
 
-    Always in fp32: under autocast, powers of small gradients would vanish. The graph is kept, to train D.
-    With batch norm in D, the points share its statistics, and the gradient is of the sum of their scores.
+    critic(images [B, C, H, W]) → scores [B] with a graph that is kept, to train D. Always in fp32: under
+    autocast, powers of small gradients would vanish. With batch norm in D, the points share its statistics.
     """
     with torch.autocast(real.device.type, enabled=False):
         share = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
@@ -46,12 +43,12 @@ def _gradient_norms(critic: Critic, real: torch.Tensor, fake: torch.Tensor) -> t
     return torch.linalg.vector_norm(gradients, dim=(1, 2, 3))  # a square root would give NaN at norm 0
 
 
-def gradient_penalty(critic: Critic, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+def gradient_penalty(critic: Callable, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """E[(‖∇D(x̂)‖₂ - 1)²] (WGAN-GP: Gulrajani et al. 2017, eq. 3)."""
     return (_gradient_norms(critic, real, fake) - 1).square().mean()
 
 
-def wasserstein_divergence(critic: Critic, real: torch.Tensor, fake: torch.Tensor, k: float = 2,
+def wasserstein_divergence(critic: Callable, real: torch.Tensor, fake: torch.Tensor, k: float = 2,
                            p: float = 6) -> torch.Tensor:
     """k E[‖∇D(x̂)‖₂^p], the penalty of WGAN-div, added to wasserstein_d (Wu et al. 2018, Algorithm 1)."""
     return k * _gradient_norms(critic, real, fake).pow(p).mean()
