@@ -32,10 +32,7 @@ def frozen(*nets: nn.Module):
 
 
 class Average:
-    """A copy of G to sample from: the exponential moving average of its weights and batch-norm statistics.
-
-    In eval mode, without gradients; with decay 0, G itself.
-    """
+    """EMA of G's weights and batch-norm statistics, to sample from: eval mode, no gradients; decay 0: G."""
 
     def __init__(self, G: nn.Module, decay: float):
         self.net, self.decay = copy.deepcopy(G).eval().requires_grad_(False), decay

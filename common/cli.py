@@ -12,9 +12,8 @@ from common.errors import UserError, reading
 
 ACTIONS = {"resume": "continue", "sample": "save pictures of", "eval": "score"}
 # the fields that --resume may change, and those that --sample and --eval may
-FREE_ON_RESUME = ("iters", "log_every", "sample_every", "eval_every", "save_every")
-FREE_ON_USE = ("device", "precision", "judge", "seed", "eval_draws", "eval_images", "fid_weights", "pairs",
-               "category")
+FREE_ON_RESUME = "iters log_every sample_every eval_every save_every".split()
+FREE_ON_USE = "device precision judge seed eval_draws eval_images fid_weights pairs category".split()
 
 
 @dataclasses.dataclass
@@ -47,9 +46,8 @@ class Settings:
 class Parser(argparse.ArgumentParser):
     """argparse that raises UserError for a wrong command line."""
 
-    def __init__(self, *args, **options):
-        options |= dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        super().__init__(*args, **options)
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -97,12 +95,10 @@ def parse(Config: type[Settings], quick: dict, description: str, argv: list[str]
     return action, cfg, folder
 
 
-def stored_config(Config: type[Settings], folder: Path, given: dict, free: tuple[str, ...]):
+def stored_config(Config: type[Settings], folder: Path, given: dict, free: list[str]):
     """The config of the run in `folder` with the given values, which may differ only in the `free` fields."""
     path, script = folder / "config.json", Path(inspect.getfile(Config)).name
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run: it has no config.json. Name a folder that {script} wrote")
-    with reading(path, f"written by {script}"):
+    with reading(path, f"in the folder of a run, written by {script}"):
         content = json.loads(path.read_text())
         made_by, values = content["script"], dict(content["config"])
     if made_by != script:

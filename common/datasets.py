@@ -16,8 +16,6 @@ from common.errors import UserError, reading
 from common.system import cached, digest_of
 from synthetic import digits, faces, rendered, scenes
 
-MAX_OBJECTS = 3  # in an image of i-CLEVR
-
 
 @dataclass
 class Data:
@@ -100,9 +98,8 @@ def load_iclevr(cfg) -> Data:
                     d["digest"], scene=d["scene"], tests=tests)
     folder = Path(source)
     ids, train, tests = read_iclevr_lists(folder)
-    pictures = next((folder / d for d in ("images", "iclevr", "image") if (folder / d).is_dir()), None)
-    if pictures is None:
-        raise UserError(f"{folder} has no images/ (or iclevr/, image/) with the PNGs that train.json names")
+    places = [folder / name for name in ("images", "iclevr", "image")]
+    pictures = next((place for place in places if place.is_dir()), places[0])
     names = sorted(train)
     images, pixels, _ = load_images(pictures, names, size)
     labels = torch.tensor([train[name] for name in names])
@@ -134,11 +131,11 @@ def read_iclevr_lists(folder: Path) -> tuple[dict, dict, dict]:
 
 def pad_ids(objects: list[str], ids: dict[str, int], where: str) -> list[int]:
     """The sorted ids of one to three objects, padded to three with the null id, len(ids)."""
-    if not isinstance(objects, list) or not 1 <= len(objects) <= MAX_OBJECTS:
-        raise ValueError(f"{where} should name 1 to {MAX_OBJECTS} objects, has {objects}")
+    if not isinstance(objects, list) or not 1 <= len(objects) <= 3:
+        raise ValueError(f"{where} should name 1 to 3 objects, has {objects}")
     if unknown := [o for o in objects if not isinstance(o, str) or o not in ids]:
         raise ValueError(f"{where} has an unknown object {unknown[0]!r}")
-    return sorted(ids[o] for o in objects) + [len(ids)] * (MAX_OBJECTS - len(objects))
+    return sorted(ids[o] for o in objects) + [len(ids)] * (3 - len(objects))
 
 
 # ---------------------------------------------------------------------- digits
@@ -207,10 +204,8 @@ def load_faces(cfg) -> Data:
         columns = pick_columns(cfg.attributes, known, "the synthetic set")
         labels = d["labels"][:, columns]
     else:
-        table = next((Path(source) / t for t in FACE_LAYOUTS if (Path(source) / t).is_file()), None)
-        if table is None:
-            raise UserError(f"--data {source}: it has no {' or '.join(FACE_LAYOUTS)}, with the images in "
-                            f"{' or '.join(d for _, d in FACE_LAYOUTS.values())} beside it")
+        tables = [Path(source) / name for name in FACE_LAYOUTS]
+        table = next((table for table in tables if table.is_file()), tables[0])
         name, folder = FACE_LAYOUTS[table.name]
         known, rows = read_attributes(table)
         columns = pick_columns(cfg.attributes or CELEBA_ATTRIBUTES * (name == "CelebA"), known, str(table))
@@ -249,8 +244,9 @@ def one_of_groups(labels: torch.Tensor) -> tuple[tuple[int, ...], ...]:
 
 def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]:
     """Attribute names, and {file name: 0 or 1 each}."""
-    with reading(table, "the number of rows, a line of attribute names, and rows of a file name (used once) "
-                 "and 0 or 1 (or -1 and 1) for each attribute"):
+    with reading(table, "CelebA's table, or cartoon_attr.txt, beside the folder of its images: the number of "
+                 "rows, a line of attribute names, and rows of a file name (used once) and 0 or 1 (or -1 and "
+                 "1) for each attribute"):
         lines = table.read_text().rstrip().splitlines()
         n, known, rows, values = int(lines[0]), tuple(lines[1].split()), {}, {"0": 0, "1": 1, "-1": 0}
         if not known or n != len(lines) - 2:
@@ -297,8 +293,6 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
 
     suffix = f"{size}" if crop is None else f"{size}-crop{crop}"
     d = cached(folder.parent / f".{folder.name}-{suffix}.cache.pt", (state, crop, skip_bad), decode)
-    if not len(d["kept"]):
-        raise UserError(f"{folder}: none of the {len(names)} images can be read")
     return d["images"], d["digest"], d["kept"]
 
 
@@ -317,8 +311,7 @@ def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
 class Batches:
     """Shuffled batches, without replacement within an epoch, as a pure function of seed and number.
 
-    The images live on `device` if they take at most half of its free memory, else in the host's: the copies
-    are small, and the host is ahead of the GPU.
+    The images live on `device` if they take at most half of its free memory, else in the host's.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int, device: torch.device):

@@ -28,7 +28,7 @@ class Inception(tv.Inception3):
     """The Inception network of 2015-12-05 (Szegedy et al. 2015) as FID uses it.
 
     Its state-dict keys are those of pytorch-fid's weight file, fc included (which FID does not use). Until
-    load_state_dict() its weights are NaN. Always in eval mode, without gradients.
+    load_state_dict() its weights are NaN. It is in eval mode, without gradients.
     """
 
     def __init__(self):
@@ -46,23 +46,13 @@ class Inception(tv.Inception3):
         last.branch_pool.register_forward_pre_hook(
             lambda *_: F.max_pool2d(inputs.pop(), 3, stride=1, padding=1))
 
-    def train(self, mode: bool = True):
-        return super().train(False)
-
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 1 or 3, H, W] in [0, 1] → features [N, 2048]; fp32 even under autocast.
-
-        On CUDA, cuDNN may round factors to TF32 (torch's default), as it does for pytorch-fid.
-        """
+        """[N, 1 or 3, H, W] in [0, 1] → features [N, 2048], in fp32 (on CUDA, TF32: as pytorch-fid's)."""
         with torch.autocast(images.device.type, enabled=False):
-            x = images.float()
-            if x.shape[-2:] != (299, 299):
-                x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)  # no antialiasing
+            x = F.interpolate(images.float(), (299, 299), mode="bilinear")  # without antialiasing
             x = (2 * x - 1).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-            for name, layer in self.named_children():
-                if name == "dropout":  # only the classifier follows
-                    break
+            for layer in list(self.children())[:-2]:  # without dropout and classifier
                 x = layer(x)
             return x.flatten(1)
 
@@ -140,8 +130,7 @@ class Moments:
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """‖μ₁ - μ₂‖² + Tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), of tensors or arrays [D] and [D, D] (Heusel et al. 2017, eq. 6).
 
-    In float64, exact to rounding for covariances of less than full rank too. Raises UserError if a matrix is
-    not a covariance.
+    In float64, exact to rounding below full rank too. Raises UserError if a matrix is not a covariance.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu().numpy() for a in (mu1, sigma1, mu2, sigma2))
     # With Σ₁ = AAᵀ and Σ₂ = BBᵀ, Σ₁Σ₂ has the eigenvalues of the symmetric (AᵀB)ᵀ(AᵀB), beside zeros.

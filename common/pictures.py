@@ -130,16 +130,15 @@ def save_curves(rows: list[dict], path: Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    panels: dict[str, list[str]] = {panel: [] for panel in PANELS}
-    for name in dict.fromkeys(name for row in rows for name in row if name not in ("step", "seconds")):
-        panels[next(panel for panel, begins in PANELS.items() if name.startswith(begins))].append(name)
-    panels = {panel: columns for panel, columns in panels.items() if columns}
-    if not panels:
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "seconds"))
+    if not names:
         return
+    panel_of = {n: next(panel for panel, begins in PANELS.items() if n.startswith(begins)) for n in names}
+    panels = [panel for panel in PANELS if panel in panel_of.values()]
     figure = Figure(figsize=(8, 1 + 2.4 * len(panels)), layout="tight")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for (panel, columns), ax in zip(panels.items(), axes, strict=True):
-        for name in columns:
+    for panel, ax in zip(panels, axes, strict=True):
+        for name in (name for name in names if panel_of[name] == panel):
             points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
             ax.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else None, label=name)
         ax.set(ylabel=panel, yscale="log" if panel == "Fréchet distance" else "linear")

@@ -1,8 +1,7 @@
 """A run: its folder, checkpoints, metrics, pictures, and how it stops. Nothing here touches a method's maths.
 
-A script's main(run) calls track (what a checkpoint holds), loops over steps, and in the loop calls record
-(losses), picture and score where due; then it goes through checkpoints, for scores and pictures. That is one
-path for training, --resume, --sample and --eval.
+A script's main(run) calls track (what a checkpoint holds), loops over steps, calling record, picture and
+score where due, then goes through checkpoints: one path for training, --resume, --sample and --eval.
 """
 import contextlib
 import csv
@@ -114,10 +113,9 @@ class Run:
     # ------------------------------------------------------------------ the loop
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the iterations to make; none for --sample and --eval.
+        """The numbers of the iterations to make, none for --sample and --eval; logs and saves where due.
 
-        After each: a row of metrics.csv and a checkpoint if due. Raises Stopped after Ctrl-C or SIGTERM, and
-        NotFinite for a loss that is not finite.
+        Raises Stopped after Ctrl-C or SIGTERM, and NotFinite for a loss that is not finite.
         """
         if not self.trains:
             return
@@ -139,7 +137,7 @@ class Run:
         if self.signal is not None:
             command = f"{self.script.name} --resume {self.folder}"
             raise Stopped(f"stopped at step {self.step}; to continue: {command}", self.signal)
-        print(f"{self.folder}: {self.step} iterations, {self.seconds:.0f} s")
+        print(f"{self.folder}: {self.step} iterations, {time.monotonic() - self.started:.0f} s")
 
     def due(self, what: str) -> bool:
         """Is it time to "log", "sample", "eval" or "save"? After the last iteration too, unless never."""
@@ -171,11 +169,6 @@ class Run:
         text = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
         write_whole(self.folder / "scores.json", lambda p: p.write_text(text, encoding="utf-8"))
 
-    @property
-    def seconds(self) -> float:
-        """Time trained so far, earlier sittings included."""
-        return time.monotonic() - self.started
-
     # ------------------------------------------------------------------ the folder
 
     def _open(self) -> None:
@@ -203,8 +196,8 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step)
         print(f"run: {self.folder}")
-        self.mark = time.monotonic(), self.step
-        self.started = time.monotonic() - (float(self.rows[-1]["seconds"]) if self.rows else 0.0)
+        before = float(self.rows[-1]["seconds"]) if self.rows else 0.0  # trained in earlier sittings
+        self.mark, self.started = (time.monotonic(), self.step), time.monotonic() - before
 
     def _write_table(self) -> None:
         """Write all of metrics.csv, with the columns that the rows have by now."""
@@ -225,7 +218,7 @@ class Run:
             means, self.means = dict(zip(self.means, values, strict=True)), {}
             self._status(means)
         found, self.row = means | self.row, {}
-        row = {"step": self.step, "seconds": round(self.seconds, 3)}
+        row = {"step": self.step, "seconds": round(time.monotonic() - self.started, 3)}
         row |= {name: f"{value:.6g}" for name, value in found.items()}
         self.rows.append(row)
         if row.keys() <= set(self.columns):

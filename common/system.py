@@ -37,11 +37,9 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """"fp32" or "bf16", for autocast; "auto" is bf16 where the hardware does not only emulate it."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = bool(re.search(r"avx512_bf16|amx_bf16", cpuinfo("flags")))
+    """"fp32" or "bf16", for autocast; "auto" is bf16 where the hardware has it and need not emulate it."""
+    on_cuda = device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else "_bf16" in cpuinfo("flags")
     if name == "bf16" and not fast:
         print(f"*** --precision bf16 is slow on this {device.type} device, which only emulates it ***")
     return ("bf16" if fast else "fp32") if name == "auto" else name
@@ -49,10 +47,9 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 def cpuinfo(field: str) -> str:
     """What Linux says of the first processor; "" elsewhere."""
-    try:
+    with contextlib.suppress(OSError, TypeError):
         return re.search(rf"^{field}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
-    except (OSError, TypeError):
-        return ""
+    return ""
 
 
 def hardware(device: torch.device) -> str:
@@ -65,10 +62,9 @@ def hardware(device: torch.device) -> str:
 def circumstances(device: torch.device) -> dict[str, str]:
     """What a figure depends on besides the settings: commit, hardware, torch version."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
+    commit = "unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {"commit": commit, "hardware": hardware(device), "torch": torch.__version__}
 
 
@@ -85,10 +81,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def free_folder(out: str, name: str) -> Path:
-    """The folder `out`; if empty, the first free one of runs/NAME, runs/NAME-2, …
-
-    Raises UserError if `out` holds a file, or the folder can't be made.
-    """
+    """The folder `out`, else the first free one of runs/NAME, runs/NAME-2, …; UserError if it holds files."""
     numbered = (Path(f"runs/{name}-{n}" if n > 1 else f"runs/{name}") for n in itertools.count(1))
     folder = Path(out) if out else next(path for path in numbered if not path.exists())
     if out and (folder.is_file() or any(p.is_file() for p in folder.rglob("[!.]*"))):
