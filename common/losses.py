@@ -40,7 +40,7 @@ def _gradient_norms(critic: Callable, real: torch.Tensor, fake: torch.Tensor) ->
         share = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
         x = torch.lerp(real, fake.detach().to(real.dtype), share).requires_grad_()
         gradients, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    return torch.linalg.vector_norm(gradients, dim=(1, 2, 3))  # a square root would give NaN at norm 0
+    return torch.linalg.vector_norm(gradients.flatten(1), dim=1)  # a square root would give NaN at norm 0
 
 
 def gradient_penalty(critic: Callable, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
