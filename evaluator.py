@@ -1,33 +1,29 @@
 """Judges and scores: do generated images show what was requested?
 
-    python evaluator.py scenes --data data/iclevr    # train and cache a judge of i-CLEVR, print its accuracy
-    python evaluator.py digits --data synthetic      # of the synthetic digits; --also mnist: tested on others
-    python evaluator.py faces --data data/celeba     # of faces' attributes
-
 A judge is a classifier trained on real (or synthetic) images, whose held-out accuracy is printed with every
-score. A script trains its judge when it first needs one; `--judge PATH` loads another, such as the i-CLEVR
-course's. "FD (judge)" is the Fréchet distance on a judge's features. It is not FID, see common/fid.py.
+score. judges/ holds those of the synthetic sets and MNIST; for another set a script trains one when it first
+needs it, and so does `python benchmarks/judges.py scenes --data data/iclevr`. `--judge PATH` loads another,
+such as the i-CLEVR course's. "FD (judge)" is the Fréchet distance on a judge's features. It is not FID, see
+common/fid.py.
 """
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from common.cli import Parser
-from common.datasets import Data, load_digits, load_faces, load_iclevr, to_float
-from common.errors import NotFinite, UserError, exit_status, reading
+from common.datasets import Data, to_float
+from common.errors import NotFinite, UserError, reading
 from common.fid import Inception, Moments, features, frechet_distance, load_inception
 from common.run import Run
-from common.system import pick_device, write_whole
+from common.system import write_whole
 
-JUDGES = Path("data") / "judges"
+JUDGES = Path("data") / "judges"  # trained here
+SHIPPED = Path(__file__).parent / "judges"  # benchmarks/judges.py makes these
 # (how many, source of randomness) → images [n, C, S, S] in [-1, 1] and their requested labels, or None
 Sampler = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -122,21 +118,38 @@ class Judge:
 
 
 def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
-    """The judge that cfg.judge names: "auto" (trained on `data`, cached), "none", or a checkpoint's path."""
+    """The judge that cfg.judge names: "auto" (the shipped one, else as trained_judge), "none", or a path."""
     if cfg.judge == "none":
         return None
     path = Path(cfg.judge)
     if cfg.judge == "auto":
-        path = JUDGES / f"{data.kind}-{data.digest}-w{cfg.judge_width}-{cfg.judge_steps}.pt"
-        if not path.is_file():
-            print(f"training a judge of {data.name}, once: width {cfg.judge_width}, {cfg.judge_steps} steps")
-            net, held_out = train_judge(data, cfg.judge_width, cfg.judge_steps, device)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = {"model": net.state_dict(), "held_out": held_out, "data": data.name}
-            write_whole(path, lambda p: torch.save(content, p))
+        path = SHIPPED / f"{data.name.lower().replace(' ', '-')}-{data.images.shape[-1]}.pt"
+        if not fits(path, data):
+            path = trained_judge(cfg, data, device)
     judge = load_judge(path, data, device)
     print(f"judge: {judge.title} ({path})")
     return judge
+
+
+def fits(path: Path, data: Data) -> bool:
+    """Is there such a shipped judge, of these classes and of images that the same code renders?"""
+    if not path.exists():
+        return False
+    with reading(path, "a judge. Restore it: git checkout judges"):
+        content = torch.load(path, weights_only=True)
+        return content["origin"] == data.origin and content["classes"] == list(data.classes)
+
+
+def trained_judge(cfg, data: Data, device: torch.device) -> Path:
+    """The file of a judge of cfg.judge_width and judge_steps, trained on `data` once and cached."""
+    path = JUDGES / f"{data.kind}-{data.digest}-w{cfg.judge_width}-{cfg.judge_steps}.pt"
+    if not path.is_file():
+        print(f"training a judge of {data.name}, once: width {cfg.judge_width}, {cfg.judge_steps} steps")
+        net = train_judge(data, cfg.judge_width, cfg.judge_steps, device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"model": net.state_dict(), "held_out": held_out_scores(net, data), "data": data.name}
+        write_whole(path, lambda p: torch.save(content, p))
+    return path
 
 
 def load_judge(path: Path, data: Data, device: torch.device) -> Judge:
@@ -159,13 +172,11 @@ def load_judge(path: Path, data: Data, device: torch.device) -> Judge:
     return Judge(net.eval().requires_grad_(False), kind, f"{kind.name} of width {width}, {known}", held_out)
 
 
-def train_judge(data: Data, width: int, steps: int, device: torch.device) -> tuple[nn.Module, dict]:
-    """Train a judge on the data's training part; returns it with its scores on the held-out part.
-
-    The held-out images are used once, after training: nothing is chosen by them. AdamW, one-cycle learning
-    rate; images are shifted, noised and, except digits, mirrored. The global random state is left alone.
+def train_judge(data: Data, width: int, steps: int, device: torch.device) -> nn.Module:
+    """Train a judge on the data's training part. AdamW, one-cycle learning rate; images are shifted, noised
+    and, except digits, mirrored. The global random state is left alone.
     """
-    kind, (images, labels, test_images, test_labels) = KINDS[data.kind], data.split()
+    kind, (images, labels, _, _) = KINDS[data.kind], data.split()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         net = kind.net(len(data.classes), width).to(device)
@@ -190,9 +201,15 @@ def train_judge(data: Data, width: int, steps: int, device: torch.device) -> tup
                 print(f"judge: step {step}/{steps}  loss {mean:.4f}  {left:.0f} s left", flush=True)
                 total.zero_()
         net.fc = head
-        probabilities, _ = Judge(net.eval(), kind, "", None).read(to_float(x) for x in test_images.split(256))
-        scores = kind.measure(probabilities, test_labels, data.groups)
-        return net, {name: value for name, value in scores.items() if name.startswith(("accuracy", "exact"))}
+        return net.eval()
+
+
+def held_out_scores(net: nn.Module, data: Data) -> dict[str, float]:
+    """Scores on the part held out from training. Nothing is chosen by it."""
+    kind, (_, _, images, labels) = KINDS[data.kind], data.split()
+    probabilities, _ = Judge(net, kind, "", None).read(to_float(x) for x in images.split(256))
+    scores = kind.measure(probabilities, labels, data.groups)
+    return {name: value for name, value in scores.items() if name.startswith(("accuracy", "exact"))}
 
 
 def to_size(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -409,40 +426,3 @@ def report(run: Run, data: Data, judge: Judge, scores: dict[str, dict], columns:
             print(f"{attribute:<36}" + "".join(f"{s['by attribute'][0][k]:10.4f}" for s in scores.values()))
     summary = {c: row[c] for c in columns if c in row}
     run.write_scores(about | scores | {"summary": summary})
-
-
-def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("kind", choices=list(KINDS), help="what the judge classifies")
-    parser.add_argument("--data", default="auto", help="auto, synthetic, mnist (digits), or the set's folder")
-    parser.add_argument("--image-size", type=int, help="size of the images (default: 64, digits 32)")
-    parser.add_argument("--judge-width", type=int, default=64, help="64 is ResNet-18; less is faster")
-    parser.add_argument("--judge-steps", type=int, default=5000, help="training steps")
-    parser.add_argument("--also", help="--data of another set of digits to test it on")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    args = parser.parse_args()
-    size = args.image_size or KINDS[args.kind].net.size
-    if min(size, args.judge_width, args.judge_steps) < 1:
-        raise UserError("--image-size, --judge-width and --judge-steps must be at least 1")
-    if args.also and args.kind != "digits":
-        raise UserError("--also is for digits")
-    device = pick_device(args.device)
-
-    def load(source: str) -> Data:
-        cfg = SimpleNamespace(data=source, image_size=size, n_scenes=6003, attributes="", crop=0,
-                              skip_bad_images=False, n_synthetic=60_000 if args.kind == "digits" else 10_000)
-        loader = {"scenes": load_iclevr, "faces": load_faces}.get(args.kind)
-        return loader(cfg) if loader else load_digits(cfg, size)
-
-    args.judge = "auto"
-    judge = get_judge(args, load(args.data), device)
-    print(", ".join(f"{k} {v:.4f}" for k, v in judge.held_out.items()))
-    if args.also:
-        other = load(args.also)
-        probabilities, _ = judge.read(to_float(x) for x in other.test_images.split(500))
-        accuracy = count_digits(probabilities, other.test_labels)["accuracy"]
-        print(f"{len(other.test_images):,} test images of {other.name}: accuracy {accuracy:.4f}")
-
-
-if __name__ == "__main__":
-    sys.exit(exit_status(main))

@@ -33,6 +33,7 @@ class Data:
     scene: torch.Tensor | None = None  # scenes: [N]; frames of a scene share objects: split by this
     tests: dict[str, torch.Tensor] = field(default_factory=dict)  # scenes: label sets [32, 3] to generate
     test_factors: dict[str, torch.Tensor] = field(default_factory=dict)  # synthetic digits: slant … [M]
+    origin: str = ""  # names the code that renders such images, or MNIST's pixels: for a shipped judge
 
     def __post_init__(self):
         size = self.images.shape[-1]
@@ -95,7 +96,7 @@ def load_iclevr(cfg) -> Data:
         lists = json.loads(Path(scenes.__file__).with_name("iclevr_tests.json").read_text())
         tests = {name: torch.tensor([pad_ids(s, ids, name) for s in sets]) for name, sets in lists.items()}
         return Data("synthetic scenes", "scenes", source, d["images"], d["labels"], scenes.OBJECTS,
-                    d["digest"], scene=d["scene"], tests=tests)
+                    d["digest"], scene=d["scene"], tests=tests, origin=d["key"])
     folder = Path(source)
     ids, train, tests = read_iclevr_lists(folder)
     places = [folder / name for name in ("images", "iclevr", "image")]
@@ -146,7 +147,7 @@ def load_digits(cfg, image_size: int) -> Data:
     cfg.data: "mnist" (data/MNIST, downloaded if missing), the folder that holds MNIST/raw, "synthetic", or
     "auto". Raises UserError for what is missing, damaged or can't be downloaded.
     """
-    source, n, factors = cfg.data, cfg.n_synthetic, {}
+    source, n, factors, origin = cfg.data, cfg.n_synthetic, {}, ""
     if source == "auto":
         try:
             read_mnist(Path("data"), False, download=True)
@@ -159,14 +160,15 @@ def load_digits(cfg, image_size: int) -> Data:
     if source == "synthetic":
         d = rendered(digits, n + n // 6 + 1, 28, ("images", "labels", "factors"))
         sets = [(d["images"][part], d["labels"][part]) for part in (slice(n), slice(n, None))]
-        factors = {name: value[n:] for name, value in d["factors"].items()}
+        factors, origin = {name: value[n:] for name, value in d["factors"].items()}, d["key"]
     else:
         root = Path("data" if source == "mnist" else source)
         sets = [read_mnist(root, train, download=source == "mnist") for train in (True, False)]
-    digest = f"{digest_of('', *(x for pair in sets for x in pair))}-{image_size}"
+    digest = digest_of("", *(x for pair in sets for x in pair))
     train, test = ((resize(images, [image_size, image_size]), labels) for images, labels in sets)
     return Data("synthetic digits" if source == "synthetic" else "MNIST", "digits", source, *train,
-                tuple("0123456789"), digest, *test, test_factors=factors)
+                tuple("0123456789"), f"{digest}-{image_size}", *test, test_factors=factors,
+                origin=origin or digest)
 
 
 def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,10 +199,11 @@ def load_faces(cfg) -> Data:
     leave out, and count, images that can't be read. A fixed tenth is held out for tests.
     Raises UserError for what is missing or malformed.
     """
-    source, size = pick_source(cfg.data, "data/celeba"), cfg.image_size
+    source, size, origin = pick_source(cfg.data, "data/celeba"), cfg.image_size, ""
     if source == "synthetic":
         d = rendered(faces, cfg.n_synthetic, size, ("images", "labels"))
         name, known, images, pixels = "synthetic faces", faces.FACE_ATTRIBUTES, d["images"], d["digest"]
+        origin = d["key"]
         columns = pick_columns(cfg.attributes, known, "the synthetic set")
         labels = d["labels"][:, columns]
     else:
@@ -220,8 +223,9 @@ def load_faces(cfg) -> Data:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = (part.sort().values for part in order.tensor_split([len(order) // 10]))
     y = labels.float()
-    return Data(name, "faces", source, images[train], y[train], classes,
-                digest_of(pixels + repr(classes), labels), images[test], y[test], one_of_groups(labels))
+    digest = digest_of(pixels + repr(classes), labels)
+    return Data(name, "faces", source, images[train], y[train], classes, digest, images[test], y[test],
+                one_of_groups(labels), origin=origin)
 
 
 def pick_columns(attributes: str, known: tuple[str, ...], where: str) -> list[int]:

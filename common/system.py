@@ -65,7 +65,7 @@ def circumstances(device: torch.device) -> dict[str, str]:
     commit = "unknown"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    return {"commit": commit, "hardware": hardware(device), "torch": torch.__version__}
+    return {"commit": commit, "hardware": hardware(device), "torch": str(torch.__version__)}
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
