@@ -203,9 +203,8 @@ def load_faces(cfg) -> Data:
     if source == "synthetic":
         d = rendered(faces, cfg.n_synthetic, size, ("images", "labels"))
         name, known, images, pixels = "synthetic faces", faces.FACE_ATTRIBUTES, d["images"], d["digest"]
-        origin = d["key"]
         columns = pick_columns(cfg.attributes, known, "the synthetic set")
-        labels = d["labels"][:, columns]
+        labels, origin = d["labels"][:, columns], d["key"]
     else:
         tables = [Path(source) / name for name in FACE_LAYOUTS]
         table = next((table for table in tables if table.is_file()), tables[0])
@@ -248,9 +247,8 @@ def one_of_groups(labels: torch.Tensor) -> tuple[tuple[int, ...], ...]:
 
 def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]:
     """Attribute names, and {file name: 0 or 1 each}."""
-    with reading(table, "CelebA's table, or cartoon_attr.txt, beside the folder of its images: the number of "
-                 "rows, a line of attribute names, and rows of a file name (used once) and 0 or 1 (or -1 and "
-                 "1) for each attribute"):
+    with reading(table, "CelebA's table (or cartoon_attr.txt): the number of rows, a line of attributes, "
+                 "and rows of a file name (used once) and 0 or 1 (or -1 and 1) for each attribute"):
         lines = table.read_text().rstrip().splitlines()
         n, known, rows, values = int(lines[0]), tuple(lines[1].split()), {}, {"0": 0, "1": 1, "-1": 0}
         if not known or n != len(lines) - 2:

@@ -76,8 +76,7 @@ def load_inception(weights: str = "auto", device: torch.device | str = "cpu") ->
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)
         content = path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        if not digest.startswith(SHA256):
+        if not (digest := hashlib.sha256(content).hexdigest()).startswith(SHA256):
             raise ValueError(f"its SHA-256 is {digest[:8]}…, not {SHA256}…")
         net = Inception()
         net.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
