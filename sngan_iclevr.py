@@ -207,8 +207,10 @@ def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
         # D has no batch norm, so real and fake images share one pass
         x = noisy(torch.cat([real, fake]), cfg.add_noise)
         score_real, score_fake = D(x, labels.repeat(2, 1)).float().chunk(2)
-    scores = score_real, score_fake
-    loss = losses.hinge_d(*(losses.relativistic(*scores) if cfg.relativistic else scores), flip)
+    scores = relativistic(score_real, score_fake) if cfg.relativistic else (score_real, score_fake)
+    if flip is not None:  # a negated score has the hinge of the other target
+        scores = torch.where(flip, -torch.stack(scores), torch.stack(scores))
+    loss = losses.hinge_d(*scores)
     opt.zero_grad()
     loss.backward()
     opt.step()
@@ -223,13 +225,18 @@ def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
         score = D(noisy(G(z, labels), cfg.add_noise), labels).float()
         if cfg.relativistic:  # real and fake swap roles (Jolicoeur-Martineau 2018, section 4.2.1)
             score_real = D(noisy(real, cfg.add_noise), labels).float()
-            loss = losses.hinge_d(*losses.relativistic(score_real, score)[::-1])
+            loss = losses.hinge_d(*relativistic(score_real, score)[::-1])
         else:
             loss = losses.hinge_g(score)
     opt.zero_grad()
     loss.backward()
     opt.step()
     return dict(g_loss=loss)
+
+
+def relativistic(real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores minus the mean score of the other kind (relativistic average GAN, Jolicoeur-Martineau 2018)."""
+    return real - fake.mean(), fake - real.mean()
 
 
 def noisy(x: torch.Tensor, add_noise: bool) -> torch.Tensor:

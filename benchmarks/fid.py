@@ -188,19 +188,21 @@ def main(argv: list[str] | None = None) -> None:
         why = "exists and is not overwritten" if target.exists() else "is not in an existing folder"
         raise UserError(f"--save-stats {target} {why}: choose another name")
     sides = [Statistics.load(p) if p.suffix == ".npz" else list_images(p) for p in paths]
-    dims = [len(side.mean) for side in sides if isinstance(side, Statistics)]
-    if len(dims) == 1 and dims != [2048]:
-        raise UserError(f"{dims[0]} dimensions of statistics can't be compared with the 2048 of images")
+    dims = [len(side.mean) if isinstance(side, Statistics) else 2048 for side in sides]
+    if dims[0] != dims[-1]:
+        raise UserError(f"statistics of {dims[0]} and {dims[1]} dimensions can't be compared: make both with "
+                        "the same network (FID's has 2048)")
 
     device, kept = pick_device(args.device), [[], []]
-    net = load_inception(args.fid_weights, device) if len(dims) < len(sides) else None
+    ready = all(isinstance(side, Statistics) for side in sides)
+    net = None if ready else load_inception(args.fid_weights, device)
     for i, side in enumerate(sides):
         if not isinstance(side, Statistics):
             moments = Moments()
             for batch in features(net, read_images(side, args.batch_size, device)):
                 moments.update(batch)
                 kept[i] += [batch] if keep else []
-            sides[i] = Statistics(moments.mean.numpy(), moments.covariance.numpy(), moments.count)
+            sides[i] = Statistics(moments.mean.cpu().numpy(), moments.covariance.cpu().numpy(), moments.count)
     if args.save_stats:
         sides[0].save(target)
         print(f"wrote {target} (N = {sides[0].count})")

@@ -24,20 +24,15 @@ def normed_once(net: nn.Module):
 @contextlib.contextmanager
 def frozen(*nets: nn.Module):
     """Within, forward passes record no gradients for the nets' own weights: G's step does not need D's."""
-    for net in nets:
-        net.requires_grad_(False)
+    together = nn.ModuleList(nets).requires_grad_(False)
     try:
         yield
     finally:
-        for net in nets:
-            net.requires_grad_(True)
+        together.requires_grad_(True)
 
 
 class Average:
-    """Exponential moving average of a generator's weights, for sampling: in eval mode, without gradients.
-
-    decay 0 makes it a copy of the generator itself. Batch norm's statistics are averaged too.
-    """
+    """EMA of G's weights and batch-norm statistics, to sample from: eval mode, no gradients; decay 0: G."""
 
     def __init__(self, G: nn.Module, decay: float):
         self.net, self.decay = copy.deepcopy(G).eval().requires_grad_(False), decay

@@ -6,15 +6,14 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_args
 
 from common.errors import UserError, reading
 
 ACTIONS = {"resume": "continue", "sample": "save pictures of", "eval": "score"}
 # the fields that --resume may change, and those that --sample and --eval may
-FREE_ON_RESUME = ("iters", "log_every", "sample_every", "eval_every", "save_every")
-FREE_ON_USE = ("device", "precision", "judge", "seed", "eval_draws", "eval_images", "fid_weights", "pairs",
-               "category")
+FREE_ON_RESUME = "iters log_every sample_every eval_every save_every".split()
+FREE_ON_USE = "device precision judge seed eval_draws eval_images fid_weights pairs category".split()
 
 
 @dataclasses.dataclass
@@ -35,23 +34,20 @@ class Settings:
 
     def __post_init__(self):
         """Check ranges: counts are at least 1 (*_every: 0), other numbers at least 0, averages below 1."""
-        for field in dataclasses.fields(self):
-            value, default = getattr(self, field.name), field.default
-            if type(default) not in (int, float):
-                continue
-            least = int(type(default) is int and default > 0 and not field.name.endswith("_every"))
-            if not math.isfinite(value) or value < least:
-                raise UserError(f"{flag(field.name)} {value}: must be at least {least}")
-            if field.name == "ema" and value >= 1:
+        for name, kind, default in ((f.name, f.type, f.default) for f in dataclasses.fields(self)):
+            value = getattr(self, name)
+            least = int(kind is int and default > 0 and not name.endswith("_every"))
+            if kind in (int, float) and not least <= value < math.inf:
+                raise UserError(f"{flag(name)} {value}: must be at least {least}")
+            if name == "ema" and value >= 1:
                 raise UserError(f"--ema {value}: must be below 1")
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that raises UserError for a wrong command line."""
 
-    def __init__(self, *args, **options):
-        options |= dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        super().__init__(*args, **options)
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -62,11 +58,10 @@ def flag(name: str) -> str:
 
 
 def parse(Config: type[Settings], quick: dict, description: str, argv: list[str] | None = None):
-    """Read the command line into (action, config, folder).
+    """Read the command line into (action, config, folder); raises UserError for anything that does not fit.
 
     action is "train", "resume", "sample" or "eval"; folder is the run that the last three name, else None.
-    quick: the values that --quick presets. Raises UserError for anything that does not fit, config.json of
-    the named run included.
+    quick: the values that --quick presets.
     """
     source = "".join(map(inspect.getsource, (Config, Settings)))
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", source, re.M))
@@ -77,14 +72,14 @@ def parse(Config: type[Settings], quick: dict, description: str, argv: list[str]
     for action, text in ACTIONS.items():
         group.add_argument(f"--{action}", metavar="RUN", help=f"{text} the run in this folder")
     for field in sorted(dataclasses.fields(Config), key=lambda f: f.name not in Config.__annotations__):
-        kind, comment = field.type, comments.get(field.name, "")
-        text = f"{comment} (default: {field.default})".replace("%", "%%")
+        kind = field.type
         if kind is bool:
             options = dict(action=argparse.BooleanOptionalAction)
-        elif get_origin(kind) is Literal:
-            options = dict(type=type(get_args(kind)[0]), choices=get_args(kind))
+        elif choices := get_args(kind):  # of a Literal
+            options = dict(type=type(choices[0]), choices=choices)
         else:
             options = dict(type=kind, metavar=kind.__name__.upper())
+        text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
         parser.add_argument(flag(field.name), help=text, **options)
     given = vars(parser.parse_args(argv))
     use_quick = given.pop("quick", False)
@@ -100,12 +95,10 @@ def parse(Config: type[Settings], quick: dict, description: str, argv: list[str]
     return action, cfg, folder
 
 
-def stored_config(Config: type[Settings], folder: Path, given: dict, free: tuple[str, ...]):
+def stored_config(Config: type[Settings], folder: Path, given: dict, free: list[str]):
     """The config of the run in `folder` with the given values, which may differ only in the `free` fields."""
     path, script = folder / "config.json", Path(inspect.getfile(Config)).name
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run: it has no config.json. Name a folder that {script} wrote")
-    with reading(path, f"written by {script}"):
+    with reading(path, f"in the folder of a run, written by {script}"):
         content = json.loads(path.read_text())
         made_by, values = content["script"], dict(content["config"])
     if made_by != script:

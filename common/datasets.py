@@ -3,6 +3,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,6 @@ from torchvision.transforms.functional import center_crop, resize
 from common.errors import UserError, reading
 from common.system import cached, digest_of
 from synthetic import digits, faces, rendered, scenes
-
-MAX_OBJECTS = 3  # in an image of i-CLEVR
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Data:
         if len(numbers) < 10:
             raise UserError(f"{self.name} has fewer than 10 scenes, too few for a judge: use --judge none")
         order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
-        test = torch.isin(self.scene, numbers[order[:max(1, round(len(numbers) / 10))]])
+        test = torch.isin(self.scene, numbers[order[:round(len(numbers) / 10)]])
         return self.images[~test], self.labels[~test], self.images[test], self.labels[test]
 
     def validation_images(self) -> torch.Tensor:
@@ -88,8 +87,7 @@ def load_iclevr(cfg) -> Data:
     """i-CLEVR from the folder cfg.data, or cfg.n_scenes synthetic scenes, at cfg.image_size.
 
     The folder holds images/ (or iclevr/, image/) with PNGs of any size, train.json, test.json, new_test.json
-    and objects.json. Images are resized to a square, not cropped, as the course does. Raises UserError for
-    what is missing or malformed.
+    and objects.json. Images are squeezed into a square, not cropped, as the course does. Raises UserError.
     """
     source, size = pick_source(cfg.data, "data/iclevr"), cfg.image_size
     if source == "synthetic":
@@ -101,16 +99,14 @@ def load_iclevr(cfg) -> Data:
                     d["digest"], scene=d["scene"], tests=tests, origin=d["key"])
     folder = Path(source)
     ids, train, tests = read_iclevr_lists(folder)
-    pictures = next((folder / d for d in ("images", "iclevr", "image") if (folder / d).is_dir()), None)
-    if pictures is None:
-        raise UserError(f"{folder} has no images/ (or iclevr/, image/) with the PNGs that train.json names")
+    places = [folder / name for name in ("images", "iclevr", "image")]
+    pictures = next((place for place in places if place.is_dir()), places[0])
     names = sorted(train)
     images, pixels, _ = load_images(pictures, names, size)
     labels = torch.tensor([train[name] for name in names])
-    number = {key: i for i, key in enumerate(dict.fromkeys(name.rsplit("_", 1)[0] for name in names))}
-    scene = torch.tensor([number[name.rsplit("_", 1)[0]] for name in names])
+    scene = np.unique([name.rsplit("_", 1)[0] for name in names], return_inverse=True)[1]
     return Data("i-CLEVR", "scenes", source, images, labels, tuple(sorted(ids, key=ids.get)),
-                digest_of(pixels, labels), scene=scene, tests=tests)
+                digest_of(pixels, labels), scene=torch.from_numpy(scene), tests=tests)
 
 
 def read_iclevr_lists(folder: Path) -> tuple[dict, dict, dict]:
@@ -136,11 +132,11 @@ def read_iclevr_lists(folder: Path) -> tuple[dict, dict, dict]:
 
 def pad_ids(objects: list[str], ids: dict[str, int], where: str) -> list[int]:
     """The sorted ids of one to three objects, padded to three with the null id, len(ids)."""
-    if not isinstance(objects, list) or not 1 <= len(objects) <= MAX_OBJECTS:
-        raise ValueError(f"{where} should name 1 to {MAX_OBJECTS} objects, has {objects}")
+    if not isinstance(objects, list) or not 1 <= len(objects) <= 3:
+        raise ValueError(f"{where} should name 1 to 3 objects, has {objects}")
     if unknown := [o for o in objects if not isinstance(o, str) or o not in ids]:
         raise ValueError(f"{where} has an unknown object {unknown[0]!r}")
-    return sorted(ids[o] for o in objects) + [len(ids)] * (MAX_OBJECTS - len(objects))
+    return sorted(ids[o] for o in objects) + [len(ids)] * (3 - len(objects))
 
 
 # ---------------------------------------------------------------------- digits
@@ -207,14 +203,11 @@ def load_faces(cfg) -> Data:
     if source == "synthetic":
         d = rendered(faces, cfg.n_synthetic, size, ("images", "labels"))
         name, known, images, pixels = "synthetic faces", faces.FACE_ATTRIBUTES, d["images"], d["digest"]
-        origin = d["key"]
         columns = pick_columns(cfg.attributes, known, "the synthetic set")
-        labels = d["labels"][:, columns]
+        labels, origin = d["labels"][:, columns], d["key"]
     else:
-        table = next((Path(source) / t for t in FACE_LAYOUTS if (Path(source) / t).is_file()), None)
-        if table is None:
-            raise UserError(f"--data {source}: it has no {' or '.join(FACE_LAYOUTS)}, with the images in "
-                            f"{' or '.join(d for _, d in FACE_LAYOUTS.values())} beside it")
+        tables = [Path(source) / name for name in FACE_LAYOUTS]
+        table = next((table for table in tables if table.is_file()), tables[0])
         name, folder = FACE_LAYOUTS[table.name]
         known, rows = read_attributes(table)
         columns = pick_columns(cfg.attributes or CELEBA_ATTRIBUTES * (name == "CelebA"), known, str(table))
@@ -246,20 +239,16 @@ def pick_columns(attributes: str, known: tuple[str, ...], where: str) -> list[in
 
 def one_of_groups(labels: torch.Tensor) -> tuple[tuple[int, ...], ...]:
     """Split columns of 0/1 labels [N, A] into groups of neighbours with one 1 per row; () if impossible."""
-    groups, start = [], 0
-    while start < labels.shape[1]:
-        ends = (labels[:, start:].cumsum(1) == 1).all(0).nonzero()[:, 0]
-        if not len(ends) or ends[0] == 0:
-            return ()
-        groups.append(tuple(range(start, start + int(ends[0]) + 1)))
-        start = groups[-1][-1] + 1
-    return tuple(groups)
+    count = labels.cumsum(1)  # group k ends where every row has first counted to k
+    ends = [int((count == k).all(0).int().argmax()) + 1 for k in range(1, int(count.max()) + 1)]
+    groups = tuple(tuple(range(start, end)) for start, end in pairwise([0, *ends]))
+    return groups if all(len(g) > 1 for g in groups) and ends[-1:] == [labels.shape[1]] else ()
 
 
 def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]:
     """Attribute names, and {file name: 0 or 1 each}."""
-    with reading(table, "the number of rows, a line of attribute names, and rows of a file name (used once) "
-                 "and 0 or 1 (or -1 and 1) for each attribute"):
+    with reading(table, "CelebA's table (or cartoon_attr.txt): the number of rows, a line of attributes, "
+                 "and rows of a file name (used once) and 0 or 1 (or -1 and 1) for each attribute"):
         lines = table.read_text().rstrip().splitlines()
         n, known, rows, values = int(lines[0]), tuple(lines[1].split()), {}, {"0": 0, "1": 1, "-1": 0}
         if not known or n != len(lines) - 2:
@@ -284,24 +273,21 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
     """
     with reading(folder, "the folder of the images"):
         stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
-    missing = [name for name in names if name not in stats]
-    if missing:
+    if missing := [name for name in names if name not in stats]:
         raise UserError(f"{folder / missing[0]} is missing ({len(missing)} of {len(names)} images are): "
                         "unpack the set again, or remove them from the list that names them")
     state = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in names]
 
     def decode() -> dict:
         print(f"decoding {len(names):,} images of {folder} …", flush=True)
-        pixels = np.empty((len(names), size, size, 3), np.uint8)
+        pixels, skipped = np.empty((len(names), size, size, 3), np.uint8), UserError if skip_bad else ()
 
         def one(i: int) -> bool:
             try:
                 pixels[i] = decode_image(folder / names[i], size, crop)
                 return True
-            except UserError:
-                if skip_bad:
-                    return False
-                raise
+            except skipped:
+                return False
 
         with ThreadPoolExecutor() as pool:
             kept = torch.tensor(list(pool.map(one, range(len(names))))).nonzero()[:, 0]
@@ -309,8 +295,6 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
 
     suffix = f"{size}" if crop is None else f"{size}-crop{crop}"
     d = cached(folder.parent / f".{folder.name}-{suffix}.cache.pt", (state, crop, skip_bad), decode)
-    if not len(d["kept"]):
-        raise UserError(f"{folder}: none of the {len(names)} images can be read")
     return d["images"], d["digest"], d["kept"]
 
 
@@ -323,14 +307,13 @@ def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
             raise ValueError(f"{image.width}×{image.height} pixels are smaller than --crop {crop}")
     if crop is not None:
         image = center_crop(image, [crop or min(image.size)])
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+    return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 class Batches:
     """Shuffled batches, without replacement within an epoch, as a pure function of seed and number.
 
-    The images live on `device` if they take at most half of its free memory, else in the host's: the copies
-    are small, and the host is ahead of the GPU.
+    The images live on `device` if they take at most half of its free memory, else in the host's.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int, device: torch.device):
@@ -349,10 +332,7 @@ class Batches:
             self.order = torch.randperm(len(self.images), generator=g).to(self.images.device)
             self.epoch = epoch
         index = self.order[at * self.batch_size:(at + 1) * self.batch_size]
-        images, labels = (self._to_device(x[index]) for x in (self.images, self.labels))
+        images, labels = self.images[index], self.labels[index]
+        if images.device.type != self.device.type:  # "cuda" and "cuda:0" are not equal, but alike
+            images, labels = (x.pin_memory().to(self.device, non_blocking=True) for x in (images, labels))
         return to_float(images), labels
-
-    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == self.device.type:  # "cuda" and "cuda:0" are not equal
-            return x
-        return x.pin_memory().to(self.device, non_blocking=True)  # the host does not wait

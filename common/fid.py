@@ -1,7 +1,7 @@
 """Fréchet inception distance (FID) by pytorch-fid's pipeline and weights (Heusel et al. 2017).
 
 FID is the name of one figure only: Inception weights of 2015-12-05, images of 8 bits, all of them counted.
-load_inception() refuses other weights. benchmarks/fid.py compares folders of images.
+benchmarks/fid.py compares folders of images.
 """
 import hashlib
 import io
@@ -28,7 +28,7 @@ class Inception(tv.Inception3):
     """The Inception network of 2015-12-05 (Szegedy et al. 2015) as FID uses it.
 
     Its state-dict keys are those of pytorch-fid's weight file, fc included (which FID does not use). Until
-    load_state_dict() its weights are NaN. Always in eval mode, without gradients.
+    load_state_dict() its weights are NaN. It is in eval mode, without gradients.
     """
 
     def __init__(self):
@@ -46,23 +46,13 @@ class Inception(tv.Inception3):
         last.branch_pool.register_forward_pre_hook(
             lambda *_: F.max_pool2d(inputs.pop(), 3, stride=1, padding=1))
 
-    def train(self, mode: bool = True):
-        return super().train(False)
-
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 1 or 3, H, W] in [0, 1] → features [N, 2048]; fp32 even under autocast.
-
-        On CUDA, cuDNN may round factors to TF32 (torch's default), as it does for pytorch-fid.
-        """
+        """[N, 1 or 3, H, W] in [0, 1] → features [N, 2048], in fp32 (on CUDA, TF32: as pytorch-fid's)."""
         with torch.autocast(images.device.type, enabled=False):
-            x = images.float()
-            if x.shape[-2:] != (299, 299):
-                x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)  # no antialiasing
+            x = F.interpolate(images.float(), (299, 299), mode="bilinear")  # without antialiasing
             x = (2 * x - 1).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-            for name, layer in self.named_children():
-                if name == "dropout":  # only the classifier follows
-                    break
+            for layer in list(self.children())[:-2]:  # without dropout and classifier
                 x = layer(x)
             return x.flatten(1)
 
@@ -78,25 +68,18 @@ def load_inception(weights: str = "auto", device: torch.device | str = "cpu") ->
 
     Raises UserError if it is not available, or is another file: figures from other weights are not FID.
     """
-    path = Path(weights)
-    if weights == "auto":
-        path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
-        if not path.exists():
+    auto = weights == "auto"
+    path = Path(torch.hub.get_dir(), "checkpoints", URL.rsplit("/", 1)[1]) if auto else Path(weights)
+    with reading(path, f"the FID Inception network. Get it from {URL} and name the file with --fid-weights"):
+        if auto and not path.exists():
             print(f"fetching the FID weights to {path} …", flush=True)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)
-            except (OSError, RuntimeError) as error:  # no network, no space; another hash
-                raise UserError(f"the FID weights could not be fetched ({error}): get {URL} by other means "
-                                "and name the file with --fid-weights") from None
-    with reading(path, URL):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)
         content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if not digest.startswith(SHA256):
-        raise UserError(f"{path} is not the FID Inception network, or is cut off: its SHA-256 is "
-                        f"{digest[:8]}…, not {SHA256}…. Delete it and get {URL} again")
-    net = Inception()
-    net.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        if not (digest := hashlib.sha256(content).hexdigest()).startswith(SHA256):
+            raise ValueError(f"its SHA-256 is {digest[:8]}…, not {SHA256}…")
+        net = Inception()
+        net.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -120,7 +103,7 @@ class Moments:
     """
 
     def __init__(self):
-        self.count, self._mean, self._scatter = 0, None, None
+        self.count, self.mean, self._scatter = 0, 0.0, 0.0
 
     def update(self, x: torch.Tensor) -> None:
         """Add features [N, D]. Raises UserError if they are not finite."""
@@ -128,47 +111,33 @@ class Moments:
         if not x.isfinite().all():
             raise UserError(f"NaN or infinite features after {self.count} good images: has the generator "
                             "diverged, or were no weights loaded?")
-        if self._mean is None:
-            self._mean, self._scatter = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
         total = self.count + len(x)
-        delta = x.mean(0) - self._mean
+        delta = x.mean(0) - self.mean
         x = x - x.mean(0)
-        self._scatter.addmm_(x.T, x).addr_(delta, delta, alpha=self.count * len(x) / total)
-        self._mean += delta * len(x) / total
+        self._scatter += x.T @ x + torch.outer(delta, delta) * (self.count * len(x) / total)
+        self.mean = self.mean + delta * len(x) / total
         self.count = total
 
     @property
-    def mean(self) -> torch.Tensor:
-        """[D], float64, on the CPU."""
-        return self._mean.cpu()
-
-    @property
     def covariance(self) -> torch.Tensor:
-        """[D, D], unbiased (N - 1), float64, on the CPU. Raises UserError for fewer than two samples."""
+        """Unbiased (N - 1). Raises UserError for fewer than two samples."""
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 images, there are {self.count}: give more")
-        return (self._scatter / (self.count - 1)).cpu()
+        return self._scatter / (self.count - 1)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """‖μ₁ - μ₂‖² + Tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), of tensors or arrays [D] and [D, D] (Heusel et al. 2017, eq. 6).
 
-    In float64, exact to rounding for covariances of less than full rank too. Raises UserError if shapes
-    differ, values are not finite or a matrix is not a covariance.
+    In float64, exact to rounding below full rank too. Raises UserError if a matrix is not a covariance.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(a.detach().cpu() if torch.is_tensor(a) else a, np.float64)
-                                for a in (mu1, sigma1, mu2, sigma2))
-    if not mu1.shape * 2 == mu2.shape * 2 == sigma1.shape == sigma2.shape:
-        raise UserError(f"statistics of {mu1.size} and {mu2.size} dimensions can't be compared: make both "
-                        "with the same network")
-    if not all(np.isfinite(a).all() for a in (mu1, mu2, sigma1, sigma2)):
-        raise UserError("statistics with NaN or infinite values have no distance: look at their images")
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu().numpy() for a in (mu1, sigma1, mu2, sigma2))
     # With Σ₁ = AAᵀ and Σ₂ = BBᵀ, Σ₁Σ₂ has the eigenvalues of the symmetric (AᵀB)ᵀ(AᵀB), beside zeros.
     product = _root(sigma1).T @ _root(sigma2)
     gram = product @ product.T if len(product) < product.shape[1] else product.T @ product
     # Small eigenvalues are kept, since thousands of them add up; only what rounding made negative is zero.
     cross = np.sqrt(eigvalsh(gram).clip(min=0)).sum() if gram.size else 0.0
-    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * cross
     return max(float(distance), 0.0)
 
 

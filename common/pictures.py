@@ -1,12 +1,13 @@
 """Pictures: grids with a title and captions, the GIF of a run's progress, curves of its metrics."""
-import csv
 import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from common.datasets import Data, to_float
@@ -18,20 +19,18 @@ OBJECT_SIZE = 11  # pixels a caption's glyph takes
 
 
 def save_grid(path: Path, images: torch.Tensor, title: str, nrow: int = 8, rows: Sequence[str] = (),
-              captions: Sequence[Sequence[str]] = ()) -> None:
-    """Write images [N, 1 or 3, H, W] in [-1, 1] as one PNG, nrow to a line, under a title.
+              captions: Sequence[Sequence[str]] = ()) -> Image.Image:
+    """Write images [N, 1 or 3, H, W] in [-1, 1] as one PNG, nrow to a line, under a title; return it, too.
 
     rows: a label to the left of each line. captions: for each image the objects requested in it, such as
     ["red cube", "blue sphere"], shown below it as a square, a circle or a cylinder of that colour.
     """
-    images = images.detach().cpu().float()
-    scale = max(1, math.ceil(64 / images.shape[-1]))  # small images are enlarged, pixel by pixel
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).clamp(-1, 1) / 2 + 0.5
+    images = images.detach().cpu().float().clamp(-1, 1) / 2 + 0.5
+    images = F.interpolate(images, scale_factor=max(1, math.ceil(64 / images.shape[-1])))  # pixel by pixel
     tile = images.shape[-1] + 2
     below = OBJECT_SIZE + 2 if captions else 0  # white space for captions
-    images = torch.nn.functional.pad(images, (0, 0, 0, below), value=1.0)
-    grid = make_grid(images, nrow=nrow, padding=2, pad_value=1.0)
-    pixels = Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
+    grid = make_grid(F.pad(images, (0, 0, 0, below), value=1.0), nrow=nrow, padding=2, pad_value=1.0)
+    pixels = to_pil_image((grid * 255).round().byte())
     font = ImageFont.load_default(size=11)
     labels = [label.translate(FONT_LACKS) for label in rows]
     left = int(max(map(font.getlength, labels), default=-6)) + 6
@@ -49,6 +48,7 @@ def save_grid(path: Path, images: torch.Tensor, title: str, nrow: int = 8, rows:
         for k, name in enumerate(objects):
             draw_object(pen, x + k * (OBJECT_SIZE + 6), y + 1, name)
     write_whole(path, lambda p: canvas.save(p))
+    return canvas
 
 
 def draw_object(pen: ImageDraw.ImageDraw, x: int, y: int, name: str) -> None:
@@ -84,27 +84,27 @@ def save_scenes(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_
     """
     g = torch.Generator().manual_seed(seed)
 
-    def save(name: str, labels: torch.Tensor, what: str, z: torch.Tensor | None = None) -> None:
-        z = torch.randn(len(labels), z_dim, generator=g) if z is None else z
-        save_grid(folder / f"{name}.png", sample(z, labels), f"{title}: {what}",
-                  captions=names_of(labels, data.classes))
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, z_dim, generator=g)
+
+    def save(name: str, what: str, images: torch.Tensor, labels: torch.Tensor) -> None:
+        save_grid(folder / f"{name}.png", images, f"{title}: {what}", captions=names_of(labels, data.classes))
 
     for name, labels in data.tests.items():
-        save(name, labels, f"{name}.json, requested objects below each image")
+        images = sample(noise(len(labels)), labels)
+        save(name, f"{name}.json, requested objects below each image", images, labels)
     index = torch.randint(len(data.images), (32,), generator=g)
-    fake = sample(torch.randn(32, z_dim, generator=g), data.labels[index])
-    save_grid(folder / "real_beside_generated.png", real_above_generated(data.images[index], fake),
-              f"{title}: lines of training images, below each generated ones with the same labels",
-              captions=names_of(data.labels[index].view(4, 8, 3).repeat(1, 2, 1).view(64, 3), data.classes))
-
+    labels = data.labels[index]
+    save("real_beside_generated", "lines of training images, below each generated ones with the same labels",
+         real_above_generated(data.images[index], sample(noise(32), labels)),
+         labels.view(4, 8, 3).repeat(1, 2, 1).view(64, 3))
     null = len(data.classes)
-    alone = torch.tensor([[i, null, null] for i in range(null)])
-    save("objects", alone, "each object alone, one z", torch.randn(1, z_dim, generator=g).expand(null, -1))
+    labels = torch.tensor([[i, null, null] for i in range(null)])
+    save("objects", "each object alone, one z", sample(noise(1).expand(null, -1), labels), labels)
     labels = data.tests["test"][torch.randperm(len(data.tests["test"]), generator=g)[:6]]
-    a, b = torch.randn(2, len(labels), 1, z_dim, generator=g)
-    z = torch.lerp(a, b, torch.linspace(0, 1, 8)[:, None])  # [6, 8, z_dim]
-    what = "from one z to another, the same labels along a line"
-    save("interpolation", labels.repeat_interleave(8, 0), what, z.flatten(0, 1))
+    z = torch.lerp(*noise(2, len(labels), 1), torch.linspace(0, 1, 8)[:, None]).flatten(0, 1)
+    labels = labels.repeat_interleave(8, 0)
+    save("interpolation", "from one z to another, the same labels along a line", sample(z, labels), labels)
 
 
 def save_gif(path: Path, pictures: list[Path]) -> None:
@@ -120,39 +120,30 @@ def save_gif(path: Path, pictures: list[Path]) -> None:
 
 
 # the panels of curves.png: title, and how the names of their columns begin
-PANELS = (("accuracy", ("accuracy", "tv")), ("Fréchet distance", ("fd", "fid")),
-          ("D's output", ("d_real", "d_fake")), ("losses", ("",)))
+PANELS = {"accuracy": ("accuracy", "tv"), "Fréchet distance": ("fd", "fid"),
+          "D's output": ("d_real", "d_fake"), "losses": ("",)}
 
 
-def save_curves(table: Path, path: Path, title: str) -> bool:
-    """Plot the columns of metrics.csv over the step, a panel each for accuracy, distance, D's output, losses.
-
-    Returns False if matplotlib is not installed.
-    """
+def save_curves(rows: list[dict], path: Path, title: str) -> None:
+    """Plot the columns of metrics.csv over the step; nothing without rows or without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # whatever backend a notebook has set
         from matplotlib.figure import Figure
     except ImportError:
-        return False
-    with open(table, newline="") as f:
-        rows = list(csv.DictReader(f))
-    names = [name for name in (rows[0] if rows else {}) if name not in ("step", "seconds")]
-    panels: dict[str, list[str]] = {panel: [] for panel, _ in PANELS}
-    for name in names:
-        panels[next(panel for panel, begins in PANELS if name.startswith(begins))].append(name)
-    panels = {panel: columns for panel, columns in panels.items() if columns} or {"losses": []}
+        return
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "seconds"))
+    if not names:
+        return
+    panel_of = {n: next(panel for panel, begins in PANELS.items() if n.startswith(begins)) for n in names}
+    panels = [panel for panel in PANELS if panel in panel_of.values()]
     figure = Figure(figsize=(8, 1 + 2.4 * len(panels)), layout="tight")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for (panel, columns), ax in zip(panels.items(), axes, strict=True):
-        for name in columns:
-            points = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
+    for panel, ax in zip(panels, axes, strict=True):
+        for name in (name for name in names if panel_of[name] == panel):
+            points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
             ax.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else None, label=name)
         ax.set(ylabel=panel, yscale="log" if panel == "Fréchet distance" else "linear")
         ax.grid(alpha=0.3)
-        if ax.lines:
-            ax.legend(fontsize=8)
+        ax.legend(fontsize=8)
     axes[0].set_title(title, fontsize=9)
     axes[-1].set_xlabel("iteration")
     write_whole(path, lambda p: figure.savefig(p, dpi=110))
-    return True

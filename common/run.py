@@ -1,11 +1,10 @@
 """A run: its folder, checkpoints, metrics, pictures, and how it stops. Nothing here touches a method's maths.
 
-A script's main(run) calls track (what a checkpoint holds), loops over steps, and in the loop calls record
-(losses), picture and score where due; then it goes through checkpoints, for scores and pictures. That is one
-path for training, --resume, --sample and --eval.
+A script's main(run) calls track (what a checkpoint holds), loops over steps, calling record, picture and
+score where due, then goes through checkpoints: one path for training, --resume, --sample and --eval.
 """
+import contextlib
 import csv
-import dataclasses
 import inspect
 import json
 import math
@@ -17,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid
+from torchvision.transforms.functional import pil_to_tensor
 
 from common.cli import Settings, parse
 from common.datasets import Data
@@ -25,19 +24,12 @@ from common.errors import NotFinite, Stopped, UserError, exit_status, reading
 from common.pictures import save_curves, save_gif, save_grid
 from common.system import circumstances, free_folder, hardware, pick_device, pick_precision, write_whole
 
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:
-    SummaryWriter = None
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KEPT = "last.pt keeps the last good state; try a lower learning rate"
 
 
 def launch(main: Callable[["Run"], None], Config: type[Settings], quick: dict) -> None:
-    """Call main(run) as the command line says. Exit status: 2 for a mistake in the input, 3 for a loss that
-    is not finite, 130 or 143 after Ctrl-C or SIGTERM.
-    """
+    """Call main(run) as the command line says, and leave with exit_status's status."""
     def call() -> None:
         action, cfg, folder = parse(Config, quick, inspect.getmodule(main).__doc__)
         with Run(cfg, Path(inspect.getfile(Config)), action, folder) as run:
@@ -53,10 +45,11 @@ class Run:
         self.trains = action in ("train", "resume")
         self.wants_pictures, self.wants_scores = action != "eval", action != "sample"
         self.step, self.best, self.means, self.row, self.writer = 0, -math.inf, {}, {}, None
-        self.looping, self.signal, self.seconds_before, self.started = False, None, 0.0, time.monotonic()
+        self.looping, self.signal = False, None
         if action == "train" and cfg.out:
             free_folder(cfg.out, "")  # an error now, not after the judge's training
-        self.trained_seed = self._stored()["config"]["seed"] if folder else cfg.seed
+        stored = json.loads((folder / "config.json").read_text()) if folder else {"config": vars(cfg)}
+        self.trained_seed, self.sittings = stored["config"]["seed"], stored.get("sittings", [])
         self.device = pick_device(cfg.device, cfg.deterministic)
         cfg.precision = pick_precision(cfg.precision, self.device)
         print(f"device: {self.device} ({hardware(self.device)}), {cfg.precision}")
@@ -120,10 +113,9 @@ class Run:
     # ------------------------------------------------------------------ the loop
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the iterations to make; none for --sample and --eval.
+        """The numbers of the iterations to make, none for --sample and --eval; logs and saves where due.
 
-        After each: a row of metrics.csv and a checkpoint if due. Raises Stopped after Ctrl-C or SIGTERM, and
-        NotFinite for a loss that is not finite.
+        Raises Stopped after Ctrl-C or SIGTERM, and NotFinite for a loss that is not finite.
         """
         if not self.trains:
             return
@@ -141,11 +133,11 @@ class Run:
                 break
         self.looping = False
         save_gif(self.folder / "progress.gif", sorted((self.folder / "samples").glob("step_*.png")))
-        save_curves(self.folder / "metrics.csv", self.folder / "curves.png", self.title(self.data))
+        save_curves(self.rows, self.folder / "curves.png", self.title(self.data))
         if self.signal is not None:
             command = f"{self.script.name} --resume {self.folder}"
             raise Stopped(f"stopped at step {self.step}; to continue: {command}", self.signal)
-        print(f"{self.folder}: {self.step} iterations, {self.seconds:.0f} s")
+        print(f"{self.folder}: {self.step} iterations, {time.monotonic() - self.started:.0f} s")
 
     def due(self, what: str) -> bool:
         """Is it time to "log", "sample", "eval" or "save"? After the last iteration too, unless never."""
@@ -168,29 +160,19 @@ class Run:
     def picture(self, images: torch.Tensor, title: str, **grid) -> None:
         """Write samples/step_0000500.png, with images and grid as save_grid takes them."""
         path = self.folder / "samples" / f"step_{self.step:07}.png"
-        save_grid(path, images, f"{title}, step {self.step}", **grid)
+        picture = save_grid(path, images, f"{title}, step {self.step}", **grid)
         if self.writer:
-            pixels = make_grid(images.detach().cpu().float() / 2 + 0.5, nrow=grid.get("nrow", 8))
-            self.writer.add_image("samples", pixels, self.step)
+            self.writer.add_image("samples", pil_to_tensor(picture), self.step)
 
     def write_scores(self, scores: dict) -> None:
         """Write scores.json, the mark of a finished run."""
         text = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
         write_whole(self.folder / "scores.json", lambda p: p.write_text(text, encoding="utf-8"))
 
-    @property
-    def seconds(self) -> float:
-        """Time trained so far, earlier sittings included."""
-        return self.seconds_before + time.monotonic() - self.started
-
     # ------------------------------------------------------------------ the folder
-
-    def _stored(self) -> dict:
-        return json.loads((self.folder / "config.json").read_text())
 
     def _open(self) -> None:
         """Make the folder, or cut an existing one back to the step resumed from; write config.json."""
-        sittings = self._stored().get("sittings", []) if self.folder else []
         name = self.script.stem + ("-synthetic" if self.data.source == "synthetic" else "")
         self.folder = self.folder or free_folder(self.cfg.out, name)
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -200,29 +182,32 @@ class Run:
         for path in (self.folder / "samples").glob("step_*.png"):
             if int(path.stem[5:]) > self.step:
                 path.unlink()
-        self.table, self.columns, rows = self.folder / "metrics.csv", ["step", "seconds"], []
+        self.table, self.rows = self.folder / "metrics.csv", []
         if self.table.exists():
             with open(self.table, newline="") as f:
-                reader = csv.DictReader(f)
-                rows = [r for r in reader if None not in r.values() and int(r["step"]) <= self.step]
-                self.columns = list(reader.fieldnames)
-        self.seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
-        self._write_table(rows)
-        sittings.append({"from_step": self.step, "command": " ".join([self.script.name, *sys.argv[1:]]),
-                         **circumstances(self.device)})
-        content = {"script": self.script.name, "config": dataclasses.asdict(self.cfg), "sittings": sittings}
+                complete = (row for row in csv.DictReader(f) if None not in row.values())
+                self.rows = [row for row in complete if int(row["step"]) <= self.step]
+        self._write_table()
+        self.sittings.append({"from_step": self.step, "command": " ".join([self.script.name, *sys.argv[1:]]),
+                              **circumstances(self.device)})
+        content = {"script": self.script.name, "config": vars(self.cfg), "sittings": self.sittings}
         write_whole(self.folder / "config.json", lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
-        if SummaryWriter:
+        with contextlib.suppress(ImportError):  # TensorBoard is optional
+            from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step)
         print(f"run: {self.folder}")
-        self.mark, self.started = (time.monotonic(), self.step), time.monotonic()
+        before = float(self.rows[-1]["seconds"]) if self.rows else 0.0  # trained in earlier sittings
+        self.mark, self.started = (time.monotonic(), self.step), time.monotonic() - before
 
-    def _write_table(self, rows: list[dict]) -> None:
+    def _write_table(self) -> None:
+        """Write all of metrics.csv, with the columns that the rows have by now."""
+        self.columns = list(dict.fromkeys(["step", "seconds", *(name for row in self.rows for name in row)]))
+
         def write(path: Path) -> None:
             with open(path, "w", newline="") as f:
                 table = csv.DictWriter(f, self.columns)
                 table.writeheader()
-                table.writerows(rows)
+                table.writerows(self.rows)
         write_whole(self.table, write)
 
     def _log(self) -> None:
@@ -233,15 +218,14 @@ class Run:
             means, self.means = dict(zip(self.means, values, strict=True)), {}
             self._status(means)
         found, self.row = means | self.row, {}
-        row = {"step": self.step, "seconds": round(self.seconds, 3)}
+        row = {"step": self.step, "seconds": round(time.monotonic() - self.started, 3)}
         row |= {name: f"{value:.6g}" for name, value in found.items()}
-        if not row.keys() <= set(self.columns):  # the first scores: the table gets new columns
-            with open(self.table, newline="") as f:
-                rows = list(csv.DictReader(f))
-            self.columns = list(dict.fromkeys([*self.columns, *row]))
-            self._write_table(rows)
-        with open(self.table, "a", newline="") as f:
-            csv.DictWriter(f, self.columns).writerow(row)
+        self.rows.append(row)
+        if row.keys() <= set(self.columns):
+            with open(self.table, "a", newline="") as f:
+                csv.DictWriter(f, self.columns).writerow(row)
+        else:  # the first scores: the table gets new columns
+            self._write_table()
         for name, value in found.items():
             if self.writer:
                 self.writer.add_scalar(name, value, self.step)

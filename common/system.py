@@ -1,5 +1,7 @@
 """The device, what a figure depends on, and files that are written whole."""
+import contextlib
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -13,9 +15,9 @@ from common.errors import UserError
 
 
 def pick_device(name: str, deterministic: bool = False) -> torch.device:
-    """The device of that name; "auto" is CUDA if available, else the CPU.
+    """The device of that name; "auto" is CUDA if available, else the CPU. Raises UserError if unusable.
 
-    deterministic: only kernels that give the same bits in each run. Raises UserError for an unusable device.
+    deterministic: only kernels that give the same bits in each run.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,10 +38,8 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """"fp32" or "bf16", for autocast; "auto" is bf16 where the hardware has it and need not emulate it."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = bool(re.search(r"avx512_bf16|amx_bf16", cpuinfo("flags")))
+    on_cuda = device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else "_bf16" in cpuinfo("flags")
     if name == "bf16" and not fast:
         print(f"*** --precision bf16 is slow on this {device.type} device, which only emulates it ***")
     return ("bf16" if fast else "fp32") if name == "auto" else name
@@ -47,27 +47,24 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 def cpuinfo(field: str) -> str:
     """What Linux says of the first processor; "" elsewhere."""
-    try:
+    with contextlib.suppress(OSError, TypeError):
         return re.search(rf"^{field}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
-    except (OSError, TypeError):
-        return ""
+    return ""
 
 
 def hardware(device: torch.device) -> str:
-    """The names of the processor and, on CUDA, the GPU; and the number of threads."""
-    n = torch.get_num_threads()
-    name = cpuinfo("model name") or platform.processor() or platform.machine()
-    name += f", {n} thread{'s' if n > 1 else ''}"
-    return f"{torch.cuda.get_device_name(device)}; {name}" if device.type == "cuda" else name
+    """The names of the GPU, if on CUDA, and the processor; and the number of threads."""
+    gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
+    n, name = torch.get_num_threads(), cpuinfo("model name") or platform.processor() or platform.machine()
+    return f"{gpu}{name}, {n} thread{'s' if n > 1 else ''}"
 
 
 def circumstances(device: torch.device) -> dict[str, str]:
     """What a figure depends on besides the settings: commit, hardware, torch version."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
+    commit = "unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {"commit": commit, "hardware": hardware(device), "torch": str(torch.__version__)}
 
 
@@ -84,17 +81,12 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def free_folder(out: str, name: str) -> Path:
-    """The folder `out`, which must hold no file; if empty, the first free one of runs/NAME, runs/NAME-2, …
-
-    Raises UserError, also for a folder that can't be made.
-    """
-    folder, number = Path(out or f"runs/{name}"), 1
+    """The folder `out`, else the first free one of runs/NAME, runs/NAME-2, …; UserError if it holds files."""
+    numbered = (Path(f"runs/{name}-{n}" if n > 1 else f"runs/{name}") for n in itertools.count(1))
+    folder = Path(out) if out else next(path for path in numbered if not path.exists())
     if out and (folder.is_file() or any(p.is_file() for p in folder.rglob("[!.]*"))):
         raise UserError(f"--out {out} already exists, and a run is never overwritten: choose another folder, "
                         "or continue that run with --resume")
-    while not out and folder.exists():
-        number += 1
-        folder = Path(f"runs/{name}-{number}")
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"{folder} can't be created: {there} is not a writable folder")
@@ -109,13 +101,11 @@ def digest_of(text: str, *tensors: torch.Tensor) -> str:
 def cached(path: Path, key, make: Callable[[], dict]) -> dict:
     """make()'s tensors with a "digest" of the images, read from `path` if it was written for the same key."""
     key = digest_of(repr(key))
-    try:
+    with contextlib.suppress(Exception):  # none, or a damaged one, which is rebuilt
         stored = torch.load(path, weights_only=True)
         if stored["key"] == key:
             print(f"read from the cache {path}")
             return stored
-    except Exception:  # none, or a damaged one, which is rebuilt
-        pass
     made = make()
     made |= {"key": key, "digest": digest_of("", made["images"])}
     try:

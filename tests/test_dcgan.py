@@ -105,7 +105,7 @@ def test_fid_is_printed_only_with_its_own_weights(here, monkeypatch, capsys, ref
     net.fc = nn.Linear(1, 1)
     folder = run_here("dcgan_mnist", iters=2)
     (here / "other.pth").write_bytes(b"x" * 1000)
-    refuses("dcgan_mnist", "--eval", folder, "--fid-weights", "other.pth", message="is not the FID Inception")
+    refuses("dcgan_mnist", "--eval", folder, "--fid-weights", "other.pth", message="its SHA-256 is")
     monkeypatch.setattr(dcgan_mnist.evaluator, "load_inception", lambda weights, device: net)
     run_here("dcgan_mnist", "eval", folder, fid_weights="weights.pth")
     scores = json.loads((folder / "scores.json").read_text())

@@ -85,7 +85,6 @@ def test_features_are_those_of_pytorch_fid(net, theirs, shape):
     images = torch.rand(shape, generator=torch.Generator().manual_seed(shape[2]))
     expected = theirs(images.expand(-1, 3, -1, -1))[0].flatten(1)
     assert expected.shape == (shape[0], 2048) and expected.std(0).mean() > 1e-2  # not all the same
-    net.train()  # has no effect
     torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().mean().item())
 
 
@@ -185,12 +184,9 @@ def test_distance_of_covariances_with_common_axes(a, b):
 
 def test_what_has_no_distance():
     mu, eye = np.zeros(2), np.eye(2)
-    for other, message in (((np.full(2, np.nan), eye), "NaN"),
-                           ((np.zeros(3), np.eye(3)), "2 and 3 dimensions"),
-                           ((mu, np.array([[1, 2], [2, 1]])), "not a covariance"),
-                           ((mu, np.array([[1, 0], [0.5, 1]])), "not a covariance")):
-        with pytest.raises(UserError, match=message):
-            fid.frechet_distance(mu, eye, *other)
+    for other in (np.array([[1, 2], [2, 1]]), np.array([[1, 0], [0.5, 1]])):
+        with pytest.raises(UserError, match="not a covariance"):
+            fid.frechet_distance(mu, eye, mu, other)
 
 
 def test_kid_is_the_unbiased_estimate():
@@ -318,17 +314,17 @@ def test_bad_statistics(refuses, folders, tmp_path):
         (tmp_path / "bad.npz").write_bytes(content)
         refuses("bad.npz", "good.npz", message="bad.npz can't be read as .npz")
     refuses("missing.npz", "good.npz", message="missing.npz can't be read")
-    refuses("good.npz", folders[0], message="3 dimensions of statistics can't be compared with the 2048")
+    refuses("good.npz", folders[0], message="3 and 2048 dimensions can't be compared")
     refuses("good.npz", folders[0], "--kid", message="need two folders")
 
 
 def test_bad_weights(refuses, folders, weights, tmp_path):
     (tmp_path / "cut.pth").write_bytes(weights[0].read_bytes()[:-9])
-    refuses(*folders, "--fid-weights", "cut.pth", message="cut.pth is not the FID Inception network")
+    refuses(*folders, "--fid-weights", "cut.pth", message="cut.pth can't be read (ValueError: its SHA-256 is")
     refuses(*folders, "--fid-weights", "missing.pth", message="missing.pth can't be read (FileNotFoundError")
-    refuses(*folders, message="could not be fetched (<urlopen error unplugged>): get https://")
+    refuses(*folders, message="(URLError: <urlopen error unplugged>): it should be the FID Inception")
     (tmp_path / "hub" / "checkpoints" / fid.URL.rsplit("/", 1)[1]).write_bytes(b"something else")
-    refuses(*folders, message="is not the FID Inception network")
+    refuses(*folders, message="its SHA-256 is")
 
 
 def test_bad_options(refuses, folders, tmp_path):

@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common import losses
@@ -14,25 +13,6 @@ def test_hinge_and_wasserstein_losses_are_their_formulas():
     assert losses.hinge_d(real, fake).item() == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 1.25 + 2) / 3)
     assert losses.hinge_g(fake).item() == pytest.approx((3 - 0.25 - 1) / 3)
     assert losses.wasserstein_d(real, fake).item() == pytest.approx((-3 + 0.25 + 1 - 2 - 0.5 + 1) / 3)
-
-
-def test_flipped_labels_swap_real_and_fake():
-    real, fake = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
-    none, every = torch.zeros(2, 50, dtype=torch.bool), torch.ones(2, 50, dtype=torch.bool)
-    torch.testing.assert_close(losses.hinge_d(real, fake, none), losses.hinge_d(real, fake))
-    torch.testing.assert_close(losses.hinge_d(real, fake, every), losses.hinge_d(fake, real))
-    one = none.clone()
-    one[1, 7] = True  # a single fake counts as real
-    expected = losses.hinge_d(real, fake) + (F.relu(1 - fake[7]) - F.relu(1 + fake[7])) / 50
-    torch.testing.assert_close(losses.hinge_d(real, fake, one), expected)
-
-
-def test_relativistic_hinge_is_its_formula():
-    real, fake = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
-    d_loss = losses.hinge_d(*losses.relativistic(real, fake))
-    expected = (sum(max(0, 1 - (r - fake.mean())) for r in real) / 9
-                + sum(max(0, 1 + f - real.mean()) for f in fake) / 9)
-    torch.testing.assert_close(d_loss, expected)
 
 
 class Critic(nn.Module):

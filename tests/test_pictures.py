@@ -85,11 +85,13 @@ def test_the_gif_has_few_frames_from_first_to_last(tmp_path, n, size, frames):
 
 def test_curves_have_a_panel_each(tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
-    made, table, curves, original = [], tmp_path / "metrics.csv", tmp_path / "curves.png", figure.Figure
+    made, curves, original = [], tmp_path / "curves.png", figure.Figure
     monkeypatch.setattr(figure, "Figure", lambda *a, **o: made.append(original(*a, **o)) or made[-1])
-    table.write_text("step,seconds,g_loss,d_real,d_fake,kl,accuracy_val,tv_digits,fd_judge\n"
-                     "2,1,1,2,3,4,,,\n4,2,1,2,3,4,5,6,7\n")
-    assert pictures.save_curves(table, curves, "a title") and Image.open(curves).format == "PNG"
+    losses = dict(g_loss="1", d_real="2", d_fake="3", kl="4")
+    rows = [{"step": 2, "seconds": 1.0} | losses,
+            {"step": "4", "seconds": "2"} | losses | dict(accuracy_val="5", tv_digits="6", fd_judge="7")]
+    pictures.save_curves(rows, curves, "a title")
+    assert Image.open(curves).format == "PNG"
     found = [(ax.get_ylabel(), " ".join(line.get_label() for line in ax.lines)) for ax in made[0].axes]
     assert found == [("accuracy", "accuracy_val tv_digits"), ("Fréchet distance", "fd_judge"),
                      ("D's output", "d_real d_fake"), ("losses", "g_loss kl")]

@@ -82,7 +82,7 @@ def test_resume_takes_the_stored_config_and_longer_iters(tmp_path):
     (["--resume", "a", "--no-trick", "--loss", "b"], "--trick is True there.*--loss is 'a' there"),
     (["--eval", "a", "--iters", "11"], "--iters is 10 there"), (["--resume", "a", "--quick"], "a new run"),
     (["--resume", "a", "--iters", "0"], "--iters 0"), (["--eval", "a", "--judge", "none"], "needs a judge"),
-    (["--resume", "."], "is not a run"), (["--sample", "b"], "is a run of vae_celeba.py"),
+    (["--resume", "."], "in the folder of a run"), (["--sample", "b"], "is a run of vae_celeba.py"),
     (["--eval", "c"], r"another version of test_run.py \(fields \['more'\]\)"),
     (["--resume", "d"], "d/config.json can't be read .JSONDecodeError"),
     (["--resume", "e"], "e/config.json can't be read .KeyError"),

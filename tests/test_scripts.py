@@ -232,7 +232,7 @@ def test_other_settings_and_other_runs_are_refused(finished, refuses, name):
     refuses(name, "--resume", folder, "--batch-size", "9", message="--batch-size is 8 there, 9 here")
     refuses(name, "--sample", folder, "--save-every", "9", message="--save-every is 4 there, 9 here")
     refuses(name, "--resume", folder, "--quick", message="--quick is for a new run")
-    refuses(name, "--resume", folder.parent, message="is not a run")
+    refuses(name, "--resume", folder.parent, message="it should be in the folder of a run")
     refuses(name, "--eval", folder, "--judge", "none", message="--eval needs a judge")
     refuses(name, "--out", folder, message="already exists")
     refuses(name, "--batch-size", "0", message="--batch-size 0: must be at least 1")

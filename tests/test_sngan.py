@@ -44,9 +44,11 @@ def steps(**fields) -> tuple[dict, dict, torch.Tensor, list[tuple[torch.Tensor, 
     return d, g, real, calls
 
 
+def hinge(real, fake):
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
 def test_losses_are_hinges_and_relativistic_ones_swap_roles_for_g():
-    def hinge(a, b):
-        return F.relu(1 - a).mean() + F.relu(1 + b).mean()
     d, g, _, [(_, both), (_, of_g)] = steps()
     real, fake = both.chunk(2)
     torch.testing.assert_close((d["d_loss"], g["g_loss"]), (hinge(real, fake), -of_g.mean()))
@@ -56,6 +58,16 @@ def test_losses_are_hinges_and_relativistic_ones_swap_roles_for_g():
     real, fake = both.chunk(2)
     torch.testing.assert_close(d["d_loss"], hinge(real - fake.mean(), fake - real.mean()))
     torch.testing.assert_close(g["g_loss"], hinge(of_g - of_real.mean(), of_real - of_g.mean()))
+
+
+def test_flipped_labels_swap_the_target_of_single_images(monkeypatch):
+    chosen, rand = torch.ones(2, 16), torch.rand
+    chosen[0, 3] = chosen[1, 7] = 0  # below the share: flipped
+    monkeypatch.setattr(torch, "rand", lambda *s, **o: chosen if s == (2, 16) else rand(*s, **o))
+    d, _, _, [(_, both), _] = steps(flip_labels=0.1)
+    real, fake = both.chunk(2)
+    real[3], fake[7] = -real[3], -fake[7]
+    torch.testing.assert_close(d["d_loss"], hinge(real, fake))
 
 
 @pytest.mark.parametrize("add_noise", [True, False])
