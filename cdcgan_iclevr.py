@@ -22,10 +22,9 @@ from torch import nn
 
 import evaluator
 from common import losses
-from common.blocks import Average, frozen, init_dcgan
+from common.blocks import Average, frozen, init_dcgan, multi_hot
 from common.cli import Settings
 from common.datasets import Batches, load_iclevr
-from common.errors import UserError
 from common.pictures import names_of, save_scenes
 from common.run import Run, launch
 
@@ -48,22 +47,12 @@ class Config(Settings):
     smooth_labels: bool = False  # D's targets: U(0.8, 1.2) for real images, U(0, 0.2) for generated ones
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.flip_labels > 1:
-            raise UserError(f"--flip-labels {self.flip_labels}: must be at most 1")
-
 
 QUICK = dict(iters=3000, batch_size=32, lr_g=1e-3, lr_d=5e-4, ch=16, image_size=32, ema=0.99, n_scenes=2000,
              log_every=50, sample_every=100, eval_every=500, save_every=500, judge_width=16, judge_steps=1000)
 
 
 # ---------------------------------------------------------------------- networks
-
-def multi_hot(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
-    """Class ids [B, 3], padded with n_classes → [B, n_classes] of 0 and 1."""
-    return torch.zeros(len(labels), n_classes + 1, device=labels.device).scatter_(1, labels, 1.0)[:, :-1]
-
 
 def widths(ch: int, image_size: int) -> list[int]:
     """Feature maps at half the image's size, a quarter, … down to 4×4; at 64: 1, 2, 4, 8 times ch."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from common.blocks import multi_hot
 from common.datasets import Data, to_float
 from common.errors import NotFinite, UserError, reading
 from common.fid import Inception, Moments, features, frechet_distance, load_inception
@@ -295,7 +296,7 @@ def attribute_names(data: Data) -> list[str]:
 
 KINDS = {
     "scenes": Kind(JudgeNet, "ResNet-18", 8, 32, True, F.binary_cross_entropy_with_logits,
-                   lambda ids, data: F.one_hot(ids, len(data.classes) + 1)[..., :-1].sum(1).float(),
+                   lambda ids, data: multi_hot(ids, len(data.classes)),
                    count_objects, 500),
     "digits": Kind(DigitNet, "digit CNN", 2, 64, False, F.cross_entropy, lambda labels, _: labels,
                    count_digits, 500),

@@ -49,7 +49,7 @@ ROWS = {
     "linear joining": Row("sngan_iclevr", both("--label-embed linear"), SNGAN, "no significant difference"),
     "no noise for D": Row("sngan_iclevr", both("--no-add-noise"), SNGAN, "noise is best"),
     "flipped labels": Row("sngan_iclevr", both("--flip-labels 0.1"), SNGAN, "G collapsed to one object"),
-    "relativistic": Row("sngan_iclevr", both("--relativistic"), SNGAN, "worse"),
+    "relativistic": Row("sngan_iclevr", both("--loss relativistic"), SNGAN, "worse"),
     "decay": Row("sngan_iclevr", {"narrow": "--lr-decay-from 290", "full": "--lr-decay-from 4000"}, SNGAN,
                  "tried, not kept"),
     "1 D step": Row("sngan_iclevr", {"narrow": None, "full": "--n-dis 1 --iters 69000"}, SNGAN, "4 used"),

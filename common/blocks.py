@@ -61,3 +61,8 @@ def init_dcgan(net: nn.Module) -> nn.Module:
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     return net
+
+
+def multi_hot(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
+    """Class ids [B, K], padded with n_classes → [B, n_classes] of 0 and 1."""
+    return torch.zeros(len(labels), n_classes + 1, device=labels.device).scatter_(1, labels, 1.0)[:, :-1]

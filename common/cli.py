@@ -39,8 +39,8 @@ class Settings:
             least = int(kind is int and default > 0 and not name.endswith("_every"))
             if kind in (int, float) and not least <= value < math.inf:
                 raise UserError(f"{flag(name)} {value}: must be at least {least}")
-            if name == "ema" and value >= 1:
-                raise UserError(f"--ema {value}: must be below 1")
+            if name in ("ema", "beta1", "beta2", "flip_labels") and value >= 1:
+                raise UserError(f"{flag(name)} {value}: must be below 1")
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,6 +4,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from common.blocks import multi_hot
+
 
 def hinge_d(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """Hinge loss of D, E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))] (Miyato et al. 2018, eq. 16)."""
@@ -13,6 +15,19 @@ def hinge_d(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 def hinge_g(fake: torch.Tensor) -> torch.Tensor:
     """Loss of G for hinge_d and wasserstein_d: -E[D(G(z))]."""
     return -fake.mean()
+
+
+def paired(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """E[-log σ(first - second)]: D's of real and fake, G's of fake and real (Huang et al. 2024, eq. 2)."""
+    return F.softplus(second - first).mean()
+
+
+def auxiliary(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of a classifier of several labels an image (auxiliary classifier: Odena et al. 2017).
+
+    logits [B, C]; labels [B, K], class ids padded with C.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), multi_hot(labels, logits.shape[1]))
 
 
 def bce_d(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -52,3 +67,8 @@ def wasserstein_divergence(critic: Callable, real: torch.Tensor, fake: torch.Ten
                            p: float = 6) -> torch.Tensor:
     """k E[‖∇D(x̂)‖₂^p], the penalty of WGAN-div, added to wasserstein_d (Wu et al. 2018, Algorithm 1)."""
     return k * _gradient_norms(critic, real, fake).pow(p).mean()
+
+
+def r1_penalty(critic: Callable, real: torch.Tensor) -> torch.Tensor:
+    """½ E[‖∇D(x)‖₂²] at real images x [B, C, H, W], in fp32 (R1: Mescheder et al. 2018, eq. 9)."""
+    return _gradient_norms(critic, real, real).square().mean() / 2

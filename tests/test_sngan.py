@@ -27,21 +27,23 @@ def test_rates_decay_to_the_end_and_the_sum_needs_no_joining_layer(here):
         assert state[opt]["param_groups"][0]["lr"] == pytest.approx(rate / 2)
 
 
-def steps(**fields) -> tuple[dict, dict, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """What a step of D and one of G return, the real images, and D's (images, scores) in both."""
+def steps(**fields) -> tuple[dict, dict, tuple, list[tuple[torch.Tensor, ...]]]:
+    """What both steps return, the real images with labels, and D's (images, scores, logits) at each call."""
     torch.manual_seed(0)
     cfg = Config(**TINY["sngan_iclevr"] | fields)
     G = sngan_iclevr.Generator(24, cfg.z_dim, cfg.ch, 32)
-    D = sngan_iclevr.Discriminator(24, cfg.ch, 32, cfg.label_embed)
-    real, labels, calls = torch.rand(16, 3, 32, 32) * 2 - 1, torch.randint(25, (16, 3)), []
-    D.register_forward_hook(lambda _, args, score: calls.append((args[0], score.detach())))
+    D = sngan_iclevr.Discriminator(24, cfg.ch, 32, cfg.d_net, cfg.d_norm, cfg.label_embed)
+    real, calls = torch.rand(16, 3, 32, 32) * 2 - 1, []
+    labels = torch.rand(16, 24).argsort(1)[:, :3]
+    labels[:5, 1:] = 24
+    D.register_forward_hook(lambda _, args, out: calls.append((args[0], *(x.detach() for x in out))))
     opt_d, opt_g = (torch.optim.Adam(net.parameters(), 1e-3) for net in (D, G))
     d = sngan_iclevr.d_step(cfg, G, D, opt_d, real, labels)
     assert opt_d.state and all(p.grad is None for p in G.parameters())
     D.zero_grad()
     g = sngan_iclevr.g_step(cfg, G, D, opt_g, real, labels)
     assert opt_g.state and all(p.grad is None for p in D.parameters())
-    return d, g, real, calls
+    return d, g, (real, labels), calls
 
 
 def hinge(real, fake):
@@ -49,22 +51,44 @@ def hinge(real, fake):
 
 
 def test_losses_are_hinges_and_relativistic_ones_swap_roles_for_g():
-    d, g, _, [(_, both), (_, of_g)] = steps()
+    d, g, _, [(_, both, _), (_, of_g, _)] = steps()
     real, fake = both.chunk(2)
     torch.testing.assert_close((d["d_loss"], g["g_loss"]), (hinge(real, fake), -of_g.mean()))
-    d, _, _, [(_, both), _] = steps(flip_labels=1.0)
-    torch.testing.assert_close(d["d_loss"], hinge(*both.chunk(2)[::-1]))
-    d, g, _, [(_, both), (_, of_g), (_, of_real)] = steps(relativistic=True)
+    d, g, _, [(_, both, _), (_, of_g, _), (_, of_real, _)] = steps(loss="relativistic")
     real, fake = both.chunk(2)
     torch.testing.assert_close(d["d_loss"], hinge(real - fake.mean(), fake - real.mean()))
     torch.testing.assert_close(g["g_loss"], hinge(of_g - of_real.mean(), of_real - of_g.mean()))
+
+
+def test_pairs_penalty_and_classifier_are_their_formulas():
+    d, g, (images, labels), [(_, both, logits), (x, _, _), (_, of_g, logits_g), (_, of_real, _)] = steps(
+        loss="paired", r1=0.5, aux_weight=3.0, d_net="cnn", d_norm="none")
+    real, fake = both.chunk(2)
+    target = torch.zeros(16, 25).scatter_(1, labels, 1)[:, :24]
+    of_real_images = F.binary_cross_entropy_with_logits(logits[:16], target)
+    torch.testing.assert_close(d["aux_real"], of_real_images)
+    assert torch.equal(x, images[:4])  # a quarter of the real images
+    pairs = F.softplus(fake - real).mean()
+    torch.testing.assert_close(d["d_loss"], pairs + 0.5 * d["r1"] + 3 * of_real_images)
+    of_fake_images = F.binary_cross_entropy_with_logits(logits_g, target)
+    torch.testing.assert_close(g["g_loss"], F.softplus(of_real - of_g).mean() + 3 * of_fake_images)
+
+
+@pytest.mark.parametrize("net, norm", [("resnet", "none"), ("cnn", "spectral"), ("cnn", "none")])
+def test_every_kind_of_d_scores_at_every_size(net, norm):
+    for size in (32, 64, 128):
+        D = sngan_iclevr.Discriminator(24, 2, size, net, norm, "sum")
+        scores, logits = D(torch.rand(2, 3, size, size), torch.tensor([[0, 24, 24], [1, 2, 3]]))
+        assert scores.shape == (2,) and logits.shape == (2, 24)
+        normed = [name for name, _ in D.named_parameters() if "original" in name]
+        assert len(normed) == (norm == "spectral") * (len(D.layers) // 2 + 3)
 
 
 def test_flipped_labels_swap_the_target_of_single_images(monkeypatch):
     chosen, rand = torch.ones(2, 16), torch.rand
     chosen[0, 3] = chosen[1, 7] = 0  # below the share: flipped
     monkeypatch.setattr(torch, "rand", lambda *s, **o: chosen if s == (2, 16) else rand(*s, **o))
-    d, _, _, [(_, both), _] = steps(flip_labels=0.1)
+    d, _, _, [(_, both, _), _] = steps(flip_labels=0.1)
     real, fake = both.chunk(2)
     real[3], fake[7] = -real[3], -fake[7]
     torch.testing.assert_close(d["d_loss"], hinge(real, fake))
@@ -72,13 +96,14 @@ def test_flipped_labels_swap_the_target_of_single_images(monkeypatch):
 
 @pytest.mark.parametrize("add_noise", [True, False])
 def test_noise_is_added_to_all_that_d_is_given(add_noise):
-    _, _, real, [(of_d, _), (of_g, _), (again, _)] = steps(add_noise=add_noise, relativistic=True)
+    _, _, (real, _), [(of_d, *_), (of_g, *_), (again, *_)] = steps(add_noise=add_noise, loss="relativistic")
     for noise in (of_d[:16] - real, again - real):
         assert -1e-6 < noise.min() and noise.max() < 1 / 128 + 1e-6
         assert noise.mean().item() == pytest.approx(add_noise / 256, rel=0.02, abs=1e-6)
 
 
 def test_bad_values(refuses):
-    refuses("sngan_iclevr", "--flip-labels", "1.1", message="--flip-labels 1.1: must be at most 1")
+    refuses("sngan_iclevr", "--flip-labels", "1.1", message="--flip-labels 1.1: must be below 1")
+    refuses("sngan_iclevr", "--aux-weight", "-1", message="--aux-weight -1.0: must be at least 0")
     refuses("sngan_iclevr", "--label-embed", "mean", message="invalid choice")
     refuses("sngan_iclevr", "--device", "cuda:99", message="cuda:99 is not available")
