@@ -46,10 +46,12 @@ class Config(Settings):
     d_cond: Literal["plane", "projection"] = "plane"  # labels enter D as a fourth plane, or by projection
     smooth_labels: bool = False  # D's targets: U(0.8, 1.2) for real images, U(0, 0.2) for generated ones
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
+    aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses
 
 
-QUICK = dict(iters=3000, batch_size=32, lr_g=1e-3, lr_d=5e-4, ch=16, image_size=32, ema=0.99, n_scenes=2000,
-             log_every=50, sample_every=100, eval_every=500, save_every=500, judge_width=16, judge_steps=1000)
+QUICK = dict(iters=5000, batch_size=32, lr_g=1e-3, lr_d=5e-4, halve_every=0, ch=32, ema=0.998, n_scenes=4000,
+             d_cond="projection", aux_weight=5.0, log_every=50, sample_every=250, eval_every=1000,
+             save_every=1000, judge_width=16, judge_steps=1000)
 
 
 # ---------------------------------------------------------------------- networks
@@ -79,7 +81,8 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """images [B, 3, S, S], labels [B, 3] → logits [B]; the sigmoid is in the loss.
+    """images [B, 3, S, S], labels [B, 3] → logits [B], real or generated, and [B, n_classes], an auxiliary
+    classifier's (Odena et al. 2017); the sigmoid is in the losses.
 
     cond "plane", as in the write-up: a linear layer turns the labels into a plane [B, 1, S, S], the image's
     fourth channel. "projection": no plane, and ⟨V y, h⟩ is added to the logits (Miyato & Koyama 2018, eq. 3).
@@ -101,14 +104,16 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(4 if self.plane else 3, ch, 4, 2, 1), nn.LeakyReLU(0.2),
                                     *layers)  # [B, ch, 32, 32], [B, 2·ch, 16, 16], …, [B, 8·ch, 4, 4]
         self.last = nn.Conv2d(w[-1], 1, 4)
+        self.classify = nn.Linear(w[-1] * 4 * 4, n_classes)
         init_dcgan(self)
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = multi_hot(labels, self.n_classes)
-        if self.plane:
-            return self.last(self.layers(torch.cat([x, self.plane(y)], 1))).flatten()
-        h = self.layers(x)
-        return self.last(h).flatten() + (self.embed(y) * h.flatten(1)).sum(1)
+        h = self.layers(torch.cat([x, self.plane(y)], 1) if self.plane else x)
+        score = self.last(h).flatten()
+        if not self.plane:
+            score = score + (self.embed(y) * h.flatten(1)).sum(1)
+        return score, self.classify(h.flatten(1))
 
 
 # ---------------------------------------------------------------------- one step of D, one of G
@@ -129,26 +134,30 @@ def d_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.
     """Update D with real and generated images [B, 3, S, S] of the same labels [B, 3]."""
     with autocast():
         # two passes, because real and fake images each need their own batch-norm statistics
-        score_real, score_fake = D(real, labels).float(), D(fake.detach(), labels).float()
+        (score_real, logits), (score_fake, _) = D(real, labels), D(fake.detach(), labels)
+    score_real, score_fake = score_real.float(), score_fake.float()
+    aux_real = losses.auxiliary(logits, labels)  # it learns from real images alone
     target_real, target_fake = targets(cfg, len(real), real.device)
     loss = (F.binary_cross_entropy_with_logits(score_real, target_real)
-            + F.binary_cross_entropy_with_logits(score_fake, target_fake))
+            + F.binary_cross_entropy_with_logits(score_fake, target_fake) + cfg.aux_weight * aux_real)
     opt.zero_grad()
     loss.backward()
     opt.step()
-    return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean())
+    return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean(),
+                aux_real=aux_real)
 
 
-def g_step(D: nn.Module, opt: torch.optim.Optimizer, fake: torch.Tensor, labels: torch.Tensor,
-           autocast=nullcontext) -> dict[str, torch.Tensor]:
+def g_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, fake: torch.Tensor,
+           labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update G by its images fake = G(z, labels), still attached to it."""
     with frozen(D), autocast():
-        score = D(fake, labels).float()
-    loss = losses.bce_g(score)
+        score, logits = D(fake, labels)
+    score, aux_fake = score.float(), losses.auxiliary(logits, labels)
+    loss = losses.bce_g(score) + cfg.aux_weight * aux_fake
     opt.zero_grad()
     loss.backward()
     opt.step()
-    return dict(g_loss=loss, d_fake_updated=score.sigmoid().mean())
+    return dict(g_loss=loss, d_fake_updated=score.sigmoid().mean(), aux_fake=aux_fake)
 
 
 # ---------------------------------------------------------------------- training
@@ -184,7 +193,7 @@ def main(run: Run) -> None:
         with run.autocast():
             fake = G(torch.randn(len(real), cfg.z_dim, device=device), labels)
         run.record(**d_step(cfg, D, opt_d, real, fake, labels, run.autocast))
-        run.record(**g_step(D, opt_g, fake, labels, run.autocast))
+        run.record(**g_step(cfg, D, opt_g, fake, labels, run.autocast))
         ema.update(step)
 
         if run.due("sample"):

@@ -46,9 +46,7 @@ class Job:
         if not (self.folder / "config.json").exists():
             free_folder(str(self.folder), "")
             return
-        given = {k: v for k, v in vars(cfg).items() if k not in ("out", "device", "iters")}
-        if cfg.data == "auto":  # resolved there
-            del given["data"]
+        given = {k: v for k, v in vars(cfg).items() if k not in ("out", "device", "iters") and v != "auto"}
         stored = stored_config(module.Config, self.folder, given, FREE_ON_RESUME)
         if cfg.iters < stored.iters:
             raise UserError(f"{self.folder} was made with --iters {stored.iters}: fewer need another --out")

@@ -30,7 +30,8 @@ def test_the_networks_are_the_write_up_s(size, times):
     assert len([m for m in G.modules() if isinstance(m, nn.BatchNorm2d)]) == len(times)
     assert len([m for m in D.modules() if isinstance(m, nn.BatchNorm2d)]) == len(times) - 1
     images = G(torch.randn(3, 100), SETS)
-    assert images.shape == (3, 3, size, size) and images.abs().max() <= 1 and D(images, SETS).shape == (3,)
+    assert images.shape == (3, 3, size, size) and images.abs().max() <= 1
+    assert [x.shape for x in D(images, SETS)] == [(3,), (3, 24)]
 
 
 def test_the_labels_are_a_plane_beside_the_image_or_a_projection():
@@ -45,25 +46,29 @@ def test_the_labels_are_a_plane_beside_the_image_or_a_projection():
     D = cdcgan_iclevr.Discriminator(24, 4, 64, "projection").eval()
     h = D.layers(x)
     expected = D.last(h).flatten() + torch.einsum("ny,fy,nf->n", hot, D.embed.weight, h.flatten(1))
-    torch.testing.assert_close(D(x, SETS), expected)
+    torch.testing.assert_close(D(x, SETS)[0], expected)
+    torch.testing.assert_close(D(x, SETS)[1], D.classify(h.flatten(1)))
 
 
 @pytest.mark.parametrize("cond", ["plane", "projection"])
 def test_each_step_is_of_its_own_network_and_by_bce(cond):
     torch.manual_seed(0)
-    cfg = cdcgan_iclevr.Config(d_cond=cond)
+    cfg = cdcgan_iclevr.Config(d_cond=cond, aux_weight=2.0)
     G, D = cdcgan_iclevr.Generator(24, 8, 2, 32), cdcgan_iclevr.Discriminator(24, 2, 32, cond)
     opt_g, opt_d = (torch.optim.Adam(net.parameters(), 1e-2) for net in (G, D))
     real, fake, score = torch.rand(3, 3, 32, 32), G(torch.randn(3, 8), SETS), copy.deepcopy(D)
     found = cdcgan_iclevr.d_step(cfg, D, opt_d, real, fake, SETS)
-    p, q = score(real, SETS).sigmoid(), score(fake, SETS).sigmoid()
-    torch.testing.assert_close(found["d_loss"], -p.log().mean() - (1 - q).log().mean())
+    (p, logits), (q, _) = score(real, SETS), score(fake, SETS)
+    p, q = p.sigmoid(), q.sigmoid()
+    bce, hot = nn.BCEWithLogitsLoss(), cdcgan_iclevr.multi_hot(SETS, 24)
+    torch.testing.assert_close(found["d_loss"], -p.log().mean() - (1 - q).log().mean() + 2 * bce(logits, hot))
     torch.testing.assert_close((found["d_real"], found["d_fake"]), (p.mean(), q.mean()))
     assert opt_d.state and all(p.grad is None for p in G.parameters())
     D.zero_grad()
     score = copy.deepcopy(D)
-    found = cdcgan_iclevr.g_step(D, opt_g, fake, SETS)
-    torch.testing.assert_close(found["g_loss"], -score(fake, SETS).sigmoid().log().mean())
+    found = cdcgan_iclevr.g_step(cfg, D, opt_g, fake, SETS)
+    q, logits = score(fake, SETS)
+    torch.testing.assert_close(found["g_loss"], -q.sigmoid().log().mean() + 2 * bce(logits, hot))
     assert opt_g.state and all(p.grad is None for p in D.parameters())
 
 
@@ -74,11 +79,11 @@ def test_label_tricks_change_d_s_targets_and_nothing_else():
         torch.manual_seed(0)
         D = cdcgan_iclevr.Discriminator(24, 2, 32, "plane")
         opt, cfg = torch.optim.Adam(D.parameters()), cdcgan_iclevr.Config(**fields)
-        difference = (D(real, SETS) - D(fake, SETS)).mean().item()
+        difference = (D(real, SETS)[0] - D(fake, SETS)[0]).mean().item()
         found = cdcgan_iclevr.d_step(cfg, D, opt, real, fake, SETS)
         return difference, found.pop("d_loss").item(), found
     difference, plain, outputs = first()
-    for fields in (dict(flip_labels=1.0), dict(smooth_labels=True)):
+    for fields in (dict(flip_labels=1 - 1e-9), dict(smooth_labels=True)):
         _, loss, same = first(**fields)
         assert abs(loss - plain) > 1e-4 and same == outputs
         if "flip_labels" in fields:  # BCE(s, 0) - BCE(s, 1) = s, s being the logit
@@ -110,5 +115,5 @@ def test_rates_are_halved_by_epochs(here):
 
 
 def test_bad_values(refuses):
-    refuses("cdcgan_iclevr", "--flip-labels", "1.1", message="--flip-labels 1.1: must be at most 1")
+    refuses("cdcgan_iclevr", "--flip-labels", "1.1", message="--flip-labels 1.1: must be below 1")
     refuses("cdcgan_iclevr", "--d-cond", "linear", message="invalid choice")
