@@ -67,12 +67,8 @@ class Config(Settings):
         if self.loss == "wgan-clip" and self.d_norm == "spectral":
             raise UserError("--loss wgan-clip with --d-norm spectral: clipping does nothing: spectral "
                             "norm cancels the weights' size; use --d-norm batch, or another loss")
-        if self.loss == "wgan-clip" and not self.clip:
-            raise UserError("--loss wgan-clip with --clip 0 leaves D no weights")
         if self.div_p < 1:
             raise UserError(f"--div-p {self.div_p}: below 1 the penalty's slope is infinite at gradient 0")
-        if self.aux_fake and not self.aux_weight:
-            raise UserError("--aux-fake with --aux-weight 0: there is no attribute loss to extend")
 
 
 QUICK = dict(iters=1000, n_dis=1, ch=8, image_size=64, ema=0.99, n_synthetic=4000, log_every=50,
