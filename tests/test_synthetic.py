@@ -6,22 +6,32 @@ import scipy
 import torch
 
 from synthetic import digits, faces, scenes
+from tests.conftest import same
 
 
-@pytest.fixture(scope="module")
-def rendered():
-    return scenes.render(30, 64, seed=3)
+@pytest.mark.parametrize("renderer, n, size", [(scenes, 30, 64), (digits, 100, 28), (faces, 20, 45)])
+def test_one_seed_renders_the_same_images_for_any_batch_size(renderer, n, size):
+    state = torch.get_rng_state()
+    first = renderer.render(n, size, seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+    same(first, renderer.render(n, size, seed=3, batch=7))
+    images, labels, *_ = renderer.render(n, size, seed=4)
+    assert not torch.equal(images, first[0]) and not torch.equal(labels, first[1])
 
 
-def test_one_seed_gives_the_same_pixels_for_any_batch_size(rendered):
-    again = scenes.render(30, 64, seed=3, batch=7)
-    for a, b in zip(rendered, again, strict=True):
-        assert torch.equal(a, b)
-    assert not torch.equal(scenes.render(30, 64, seed=4)[0], rendered[0])
+@pytest.mark.parametrize("renderer, most", [(digits, 2.5), (faces, 2)])
+def test_images_are_the_same_at_any_size(renderer, most):
+    half, full = (renderer.render(48, size, seed=5)[0].float() for size in (32, 64))
+    assert half.shape[2:] == (32, 32) and full.shape[2:] == (64, 64)
+    shrunk = torch.nn.functional.avg_pool2d(full, 2)
+    # only the edges differ, which are as many pixels wide in either
+    assert (shrunk - half).abs().mean() < most < (shrunk[1:] - half[:-1]).abs().mean() / 10
 
 
-def test_frames_are_nested_and_labels_padded(rendered):
-    images, labels, scene = rendered
+# ---------------------------------------------------------------------- scenes
+
+def test_frames_are_nested_and_labels_padded():
+    images, labels, scene = scenes.render(30, 64, seed=3)
     assert images.dtype == torch.uint8 and images.shape == (90, 3, 64, 64)
     assert scene.tolist() == [i // 3 for i in range(90)]
     for i in range(30):
@@ -87,8 +97,7 @@ def test_intersection_lies_on_the_surface(shape):
 
 @pytest.fixture(scope="module")
 def written():
-    images, labels, factors = digits.render(3000, seed=3)
-    return images, labels, factors
+    return digits.render(3000, seed=3)
 
 
 def correlation(a, b):
@@ -107,17 +116,6 @@ def test_digits_have_the_shapes_and_ranges_said(written):
         assert low <= value.min() and value.max() <= high and value.std() > (high - low) / 20
     assert labels.bincount(minlength=10).min() > 240 and labels.bincount().max() < 360  # 300 ± 16
     assert images.amax((1, 2, 3)).min() > 200  # no stroke is too thin to be white
-
-
-def test_one_seed_renders_the_same_digits_for_any_batch_size(written):
-    state = torch.get_rng_state()
-    first = digits.render(100, seed=3)
-    assert torch.equal(state, torch.get_rng_state())
-    again = digits.render(100, seed=3, batch=7)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert all(torch.equal(first[2][name], again[2][name]) for name in first[2])
-    other = digits.render(100, seed=4)
-    assert not torch.equal(other[0], first[0]) and not torch.equal(other[1], first[1])
 
 
 def test_digits_look_like_mnist_s(written):
@@ -153,13 +151,6 @@ def test_a_digit_s_factors_show_in_it(written):
     assert (lean - factors["slant"])[bar].abs().median() < 0.1
     broad = (mass / (height * (1 + factors["slant"].square()).sqrt()) - factors["width"])[bar]
     assert broad.mean().abs() < 0.2
-
-
-def test_digits_are_the_same_at_any_image_size():
-    half, full = (digits.render(60, size, seed=5)[0].float() for size in (32, 64))
-    assert half.shape[2:] == (32, 32) and full.shape[2:] == (64, 64)
-    # only the edges differ, which are as many pixels wide in either
-    assert (torch.nn.functional.avg_pool2d(full, 2) - half).abs().mean() < 2.5 < half.mean() / 10
 
 
 def test_digits_can_be_told_apart(written):
@@ -209,16 +200,6 @@ def test_every_combination_of_attributes_comes_equally_often():
     assert (order.diff() < 0).sum() > 20  # shuffled
 
 
-def test_one_seed_renders_the_same_faces_for_any_batch_size():
-    state = torch.get_rng_state()
-    first = faces.render(20, 45, seed=3)
-    assert torch.equal(state, torch.get_rng_state())
-    again = faces.render(20, 45, seed=3, batch=7)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    other = faces.render(20, 45, seed=4)
-    assert not torch.equal(other[0], first[0]) and not torch.equal(other[1], first[1])
-
-
 def test_a_face_s_attributes_show_in_it(portraits):
     images, labels = portraits
     middle = images[:, :, 10:22, 6:26].long() * 6 // 256  # the face and the hair beside it
@@ -248,13 +229,6 @@ def test_nothing_else_in_a_face_tells_its_attributes(portraits):
         both = torch.cat([looks, factors[name].flatten(1)], 1).T
         both = both[both.std(1) > 0]
         assert torch.corrcoef(both)[:15, 15:].abs().max() < 0.1, name  # by chance 0.02
-
-
-def test_faces_are_the_same_at_any_image_size():
-    half, full = (faces.render(48, size, seed=5)[0].float() for size in (32, 64))
-    shrunk = torch.nn.functional.avg_pool2d(full, 2)
-    # only the edges differ, which are as many pixels wide in either
-    assert (shrunk - half).abs().mean() < 2 < (shrunk[1:] - half[:-1]).abs().mean() / 10
 
 
 # ---------------------------------------------------------------------- measures of digits
