@@ -8,11 +8,9 @@ from torch import nn
 from common import losses
 
 
-def test_hinge_and_wasserstein_losses_are_their_formulas():
-    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.25, 1.0])
-    assert losses.hinge_d(real, fake).item() == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 1.25 + 2) / 3)
-    assert losses.hinge_g(fake).item() == pytest.approx((3 - 0.25 - 1) / 3)
-    assert losses.wasserstein_d(real, fake).item() == pytest.approx((-3 + 0.25 + 1 - 2 - 0.5 + 1) / 3)
+def test_binary_cross_entropy_is_finite_where_a_sigmoid_is_0_or_1():
+    assert losses.bce_d(torch.tensor([-1e4]), torch.tensor([1e4])).isfinite()
+    assert losses.bce_g(torch.tensor([-1e4])).isfinite()
 
 
 class Critic(nn.Module):
@@ -45,9 +43,9 @@ PENALTIES = {
 def test_penalties_are_their_formulas(name):
     penalty, formula = PENALTIES[name]
     critic, (real, fake) = Critic((3, 4, 4)), batches()
-    found = penalty(critic, real, fake)
+    found = penalty(critic, real, fake.requires_grad_())
     # the points lie on the lines between the pairs, each at a share of its own, the same for all pixels
-    share = (critic.points - real) / (fake - real)
+    share = ((critic.points - real) / (fake - real)).detach()
     torch.testing.assert_close(share, share[:, :1, :1, :1].expand_as(share))
     share = share[:, 0, 0, 0]
     assert ((0 < share) & (share < 1)).all() and share.std() > 0.05
@@ -57,6 +55,7 @@ def test_penalties_are_their_formulas(name):
     assert found.item() == pytest.approx(expected, rel=1e-12)
     # its slope by D's weights, which is what D learns by, against differences
     found.backward()
+    assert fake.grad is None  # nothing for G
     step, at = 1e-6, (0, 1, 2)
     values = []
     for sign in (1, -1):
@@ -95,13 +94,6 @@ def test_penalties_are_computed_in_fp32_under_autocast(name):
         found = PENALTIES[name][0](critic, real, fake.bfloat16().float())
     assert types == {torch.float32} and found.dtype == torch.float32
     assert found.item() == pytest.approx(plain.item(), rel=0.02)
-
-
-def test_penalties_reach_d_and_not_g():
-    critic, (real, fake) = Critic((3, 4, 4)), batches()
-    fake.requires_grad_()
-    losses.gradient_penalty(critic, real, fake).backward()
-    assert fake.grad is None and critic.w.grad.any()
 
 
 def test_pairs_auxiliary_classifier_and_r1_are_their_formulas():
