@@ -9,7 +9,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: a thread fo
 import importlib
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,18 +49,17 @@ def flags(fields: dict) -> list[str]:
     return text
 
 
-def command(name: str, *args: str) -> list[str]:
-    return [sys.executable, str(ROOT / name), *args]
+def process(name: str, *args: str, cwd: Path) -> dict:
+    """The process of a script of the project, as a user starts it."""
+    return dict(args=[sys.executable, str(ROOT / f"{name}.py"), *args], cwd=cwd, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"})
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONUNBUFFERED": "1"}
-
-
-def script(name: str, *args: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run a script of the project as a user does."""
-    return subprocess.run(command(name, *args), cwd=cwd, capture_output=True, text=True, timeout=200,
-                          env=environment())
+def script(name: str, *args: str, cwd: Path, status: int = 0) -> tuple[str, str]:
+    """Run a script to its end; returns its output and its errors."""
+    done = subprocess.run(**process(name, *args, cwd=cwd), timeout=200)
+    assert done.returncode == status, done.stderr
+    return done.stdout, done.stderr
 
 
 def run_here(name: str, action: str = "train", folder: str | Path | None = None, **fields) -> Path:
@@ -84,17 +84,17 @@ def workdir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def here(workdir, tmp_path, monkeypatch) -> Path:
-    """A fresh working directory that shares the session's data/."""
+def here(workdir, tmp_path) -> Path:
+    """The test's working directory, with the session's data/."""
     (workdir / "data").mkdir(exist_ok=True)
     (tmp_path / "data").symlink_to(workdir / "data")
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
-def _not_deterministic():
-    """--deterministic is for a whole process, but not for the tests after one that sets it."""
+def _apart(tmp_path, monkeypatch):
+    """A working directory for each test; --deterministic, which is for a process, ends with the test."""
+    monkeypatch.chdir(tmp_path)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -142,20 +142,12 @@ def settings(**fields) -> SimpleNamespace:
                                   crop=0, skip_bad_images=False) | fields)
 
 
-def same(a, b, path="") -> None:
+def same(a, b) -> None:
     """Two checkpoints hold the same bits."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{path}[{i}]")
-    else:
-        assert a == b, path
+    (ours, structure), (theirs, other) = tree_flatten_with_path(a), tree_flatten_with_path(b)
+    assert structure == other
+    for (path, x), (_, y) in zip(ours, theirs, strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, keystr(path)
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
@@ -168,19 +160,37 @@ def same_runs(a: Path, b: Path) -> None:
     for name in ("last.pt", "best.pt"):
         one, other = (torch.load(folder / name, weights_only=True) for folder in (a, b))
         one["config"].pop("out"), other["config"].pop("out")
-        same(one, other, name)
+        same(one, other)
     assert rows_of(a) == rows_of(b)
     pictures = [{p.name: p.read_bytes() for p in (folder / "samples").iterdir()} for folder in (a, b)]
     assert pictures[0] == pictures[1]
 
 
-def wait_for(condition, process, seconds=120):
-    for _ in range(seconds * 50):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError("it did not come that far")
+class Reader(nn.Module):
+    """A judge's network that reads probabilities and features off an image by two functions."""
+    size = 64
+
+    def __init__(self, probabilities, features=lambda x: x[:, 0, 0, :2]):
+        super().__init__()
+        self.fc, self.weight = nn.Identity(), nn.Parameter(torch.zeros(1))
+        self.probabilities, self.features = probabilities, features
+
+    def forward(self, x):
+        self.fc(self.features(x).double())
+        return self.probabilities(x)
+
+
+def judge_of(kind: str, net: nn.Module):
+    """That network as the judge of a kind of data."""
+    import evaluator
+    return evaluator.Judge(net.requires_grad_(False), evaluator.KINDS[kind], "", None)
+
+
+def get_judge(data, width: int = 8, steps: int = 1, judge: str | Path = "auto"):
+    """A script's judge of these data, narrow and hardly trained if it has to be trained."""
+    import evaluator
+    cfg = settings(judge=str(judge), judge_width=width, judge_steps=steps)
+    return evaluator.get_judge(cfg, data, torch.device("cpu"))
 
 
 class CountReads(TorchDispatchMode):
@@ -203,7 +213,6 @@ def refuses(tmp_path, monkeypatch, capsys):
 
     def check(name, *argv, message):
         module = importlib.import_module(name)
-        monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, argv)])
         before = files()
         capsys.readouterr()

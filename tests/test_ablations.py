@@ -104,7 +104,6 @@ def test_single_seeds_have_no_spread_and_a_row_that_diverged_no_mean(kept):
 @pytest.fixture
 def call(tmp_path, monkeypatch):
     """main() with three rows, tiny and of one seed: SNGAN, without EMA, and DCGAN."""
-    monkeypatch.chdir(tmp_path)
     rows = [ablations.SNGAN, ablations.NO_EMA, ablations.DCGAN]
     monkeypatch.setattr(ablations, "ROWS", {row: ablations.ROWS[row] for row in rows})
     tiny = "--iters 2 --image-size 32 --ch 2 --batch-size 4 --z-dim 8 --eval-draws 2"

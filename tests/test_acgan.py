@@ -71,25 +71,14 @@ def test_the_condition_enters_every_layer_of_g_as_maps_and_only_the_first_as_inp
     y, z = labels(6), torch.randn(6, 4)
     G, _ = networks(g_cond=cond)
     inputs = []
-    for conv in G.convs:
-        conv.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for layer in (G.first, *G.convs):
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     G(z, y)
-    assert len(inputs) == 4
-    for h, width in zip(inputs, (32, 16, 8, 4), strict=True):
+    assert torch.equal(inputs[0], torch.cat([z, y], 1))
+    for h, width in zip(inputs[1:], (32, 16, 8, 4), strict=True):
         assert h.shape[1] == width + (15 if cond == "maps" else 0)
         if cond == "maps":
             assert torch.equal(h[:, width:], y[:, :, None, None].expand(-1, -1, *h.shape[2:]))
-
-    def heeds(layer) -> bool:  # with the weights of y set to 0 in all other layers
-        G, _ = networks(g_cond=cond)
-        G.eval()
-        with torch.no_grad():
-            for k, weight in enumerate([G.first.weight.T, *(conv.weight for conv in G.convs)]):
-                if k != layer and (k == 0 or cond == "maps"):
-                    weight[-15:] = 0
-            return not torch.equal(G(z, y), G(z, y.flip(1)))
-    expected = [False, True, *[cond == "maps"] * 4]
-    assert [heeds(k) for k in range(-1, 5)] == expected
 
 
 @pytest.mark.parametrize("cond", ["concat", "projection"])
@@ -149,11 +138,6 @@ def test_each_variant_s_loss_is_its_parts(variant):
     assert largest == pytest.approx(0.01) if loss == "wgan-clip" else largest > 0.03
 
 
-def test_the_six_variants_differ_as_the_write_up_s():
-    configs = [acgan_celeba.Config(**fields) for fields in acgan_celeba.VARIANTS.values()]
-    assert len({(c.loss, c.d_norm, c.d_cond, c.g_cond) for c in configs}) == 6
-
-
 def test_the_penalties_weights_are_settings():
     def penalty(**more):
         return steps(**more)[0]["penalty"]
@@ -192,12 +176,3 @@ def test_pictures_show_each_attribute_and_with_groups_all_combinations(here):
     assert not (folder / "combinations.png").exists()
     with Image.open(folder / "attributes.png") as grid:
         assert grid.height < 3 * 66 + 60
-
-
-def test_bad_values(refuses):
-    refuses("acgan_celeba", "--loss", "wgan-clip", "--d-norm", "spectral", message="clipping does nothing")
-    refuses("acgan_celeba", "--loss", "wgan-div", "--div-p", "0.5", message="below 1")
-    small = ["--data", "synthetic", "--image-size", "32"]
-    refuses("acgan_celeba", *small, "--n-synthetic", "10", message="10 images are too few")
-    refuses("acgan_celeba", *small, "--n-synthetic", "30", "--attributes", "Hat",
-            message="Hat; the synthetic set has")

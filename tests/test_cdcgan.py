@@ -112,8 +112,3 @@ def test_rates_are_halved_by_epochs(here):
         expected = [0.008 / 2**halvings, 0.004 / 2**halvings]
         assert rates(iters=iters, halve_every=2, lr_g=0.008, lr_d=0.004) == pytest.approx(expected), iters
     assert rates(iters=19, halve_every=0) == pytest.approx([2e-4, 1e-4])
-
-
-def test_bad_values(refuses):
-    refuses("cdcgan_iclevr", "--flip-labels", "1.1", message="--flip-labels 1.1: must be below 1")
-    refuses("cdcgan_iclevr", "--d-cond", "linear", message="invalid choice")

@@ -99,7 +99,7 @@ def break_objects(folder, ids):
 
 FIRST, THIRD = "CLEVR_train_000000_0.png", "CLEVR_train_000002_0.png"
 BROKEN = {
-    "empty": (lambda f: [os.remove(p) for p in f.glob("*.json")], "objects.json can't be read .FileNotFound"),
+    "empty": (lambda f: [os.remove(p) for p in f.glob("*.json")], "objects.json can't.*FileNot.*synthetic"),
     "no images": (lambda f: (f / "images").rename(f / "other"), "images can't be read"),
     "no test list": (lambda f: (f / "new_test.json").unlink(), "new_test.json can't be read"),
     "image missing": (lambda f: (f / "images" / FIRST).unlink(), f"{FIRST} is missing"),
@@ -125,11 +125,6 @@ def test_what_is_wrong_is_named_and_nothing_written(iclevr, case):
     with pytest.raises(UserError, match=message):
         load_iclevr(str(iclevr), 32)
     assert sorted(iclevr.rglob("*")) == before
-
-
-def test_missing_folder(tmp_path):
-    with pytest.raises(UserError, match="nowhere/objects.json can't be read.*synthetic"):
-        load_iclevr(tmp_path / "nowhere")
 
 
 def numbered(n: int) -> Data:
@@ -172,8 +167,7 @@ def test_batches_of_a_set_that_does_not_fit(monkeypatch):
             assert a.device.type == "cuda" and torch.equal(a, b)
 
 
-def test_synthetic_scenes_are_cached_and_own_the_test_lists(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_synthetic_scenes_are_cached_and_own_the_test_lists(monkeypatch):
     first = load_iclevr("synthetic", 32, 4)
     monkeypatch.setattr(scenes, "render", None)
     again = load_iclevr("synthetic", 32, 4)
@@ -185,15 +179,21 @@ def test_synthetic_scenes_are_cached_and_own_the_test_lists(tmp_path, monkeypatc
 
 # ------------------------------------------------------------------------------------------------- digits
 
-def test_mnist_is_read_as_it_lies_and_resized(tmp_path):
-    make_mnist(tmp_path)
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+
+
+def test_mnist_is_found_read_as_it_lies_and_resized(tmp_path, no_network):
+    make_mnist(tmp_path / "data")
     images, labels, _ = digits.render(60)
-    data = load_digits(tmp_path, 28)
+    data = load_digits("auto", 28)
     assert torch.equal(data.images, images[:40]) and torch.equal(data.test_images, images[40:])
     assert torch.equal(data.labels, labels[:40]) and torch.equal(data.test_labels, labels[40:])
-    assert data.name == "MNIST" and data.classes == tuple("0123456789") and not data.test_factors
+    assert (data.source, data.name) == ("mnist", "MNIST")
+    assert data.classes == tuple("0123456789") and not data.test_factors
     for size in (32, 64):
-        resized = load_digits(tmp_path, size)
+        resized = load_digits(tmp_path / "data", size)
         assert resized.images.shape == (40, 1, size, size) and resized.images.dtype == torch.uint8
         expected = torch.stack([to_tensor(Image.fromarray(x[0].numpy()).resize((size, size), Image.BILINEAR))
                                 for x in images[:40]])
@@ -201,8 +201,7 @@ def test_mnist_is_read_as_it_lies_and_resized(tmp_path):
         assert resized.digest != data.digest
 
 
-def test_synthetic_digits_come_with_their_factors_and_are_cached(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_synthetic_digits_come_with_their_factors_and_are_cached(capsys):
     data = load_digits("synthetic", 32)
     assert data.name == "synthetic digits" and data.images.shape == (60, 1, 32, 32)
     assert len(data.test_images) == len(data.test_labels) == len(data.test_factors["slant"]) == 11
@@ -215,14 +214,7 @@ def test_synthetic_digits_come_with_their_factors_and_are_cached(tmp_path, monke
     assert "read from the cache data/cache/digits-28-71.pt" in capsys.readouterr().out
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-
-
-def test_without_mnist_and_network_auto_is_synthetic_and_mnist_is_refused(tmp_path, monkeypatch, capsys,
-                                                                          no_network):
-    monkeypatch.chdir(tmp_path)
+def test_without_mnist_and_network_auto_is_synthetic_and_mnist_is_refused(capsys, no_network):
     for _ in range(2):  # what the failed download leaves must not count as damaged
         assert load_digits("auto", 32).source == "synthetic"
         assert "SYNTHETIC" in capsys.readouterr().out
@@ -231,23 +223,15 @@ def test_without_mnist_and_network_auto_is_synthetic_and_mnist_is_refused(tmp_pa
     assert "\n" not in str(error.value)
 
 
-def test_auto_takes_mnist_where_it_lies(tmp_path, monkeypatch, no_network):
-    monkeypatch.chdir(tmp_path)
-    make_mnist(tmp_path / "data")
-    data = load_digits("auto", 28)
-    assert data.source == "mnist" and data.name == "MNIST"
-
-
 FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("keep", [0, 3, 10, -5])
-def test_damaged_or_missing_mnist_files_are_refused(tmp_path, monkeypatch, no_network, name, keep):
+def test_damaged_or_missing_mnist_files_are_refused(tmp_path, no_network, name, keep):
     make_mnist(tmp_path / "data")
     path = tmp_path / "data" / "MNIST" / "raw" / name
     path.write_bytes(path.read_bytes()[:keep])
-    monkeypatch.chdir(tmp_path)
     for source in (tmp_path / "data", "auto"):  # never replaced by synthetic digits
         with pytest.raises(UserError, match="raw can't be read.*MNIST's four files.*Fetch") as error:
             load_digits(source, 32)
@@ -377,13 +361,9 @@ def test_missing_faces_and_unknown_attributes_are_refused(tmp_path):
         load_faces(tmp_path, 16, "Hat,Hat")
     with pytest.raises(UserError, match="Bangs"):  # CelebA's default
         load_faces(tmp_path, 16)
-    (tmp_path / "img_align_celeba" / "003.png").unlink()
-    with pytest.raises(UserError, match="003.png is missing"):
-        load_faces(tmp_path, 16, "Hat")
 
 
-def test_synthetic_faces_come_in_groups(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_synthetic_faces_come_in_groups(capsys):
     data = load_faces("synthetic", 32)
     images, labels = faces.render(150, 32)
     assert data.name == "synthetic faces" and data.classes == faces.FACE_ATTRIBUTES

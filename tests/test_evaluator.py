@@ -11,32 +11,9 @@ from common import fid
 from common.datasets import Data, load_faces, load_iclevr, to_float
 from common.errors import NotFinite, UserError
 from synthetic.digits import render
-from tests.conftest import settings
+from tests.conftest import Reader, get_judge, judge_of, settings
 
 CPU = torch.device("cpu")
-
-
-class Reader(nn.Module):
-    """A judge's network that reads probabilities and features off an image by two functions."""
-    size = 64
-
-    def __init__(self, probabilities, features=lambda x: x[:, 0, 0, :2]):
-        super().__init__()
-        self.fc, self.weight = nn.Identity(), nn.Parameter(torch.zeros(1))
-        self.probabilities, self.features = probabilities, features
-
-    def forward(self, x):
-        self.fc(self.features(x).double())
-        return self.probabilities(x)
-
-
-def judge_of(kind, net) -> evaluator.Judge:
-    return evaluator.Judge(net.requires_grad_(False), evaluator.KINDS[kind], "", None)
-
-
-def get_judge(data, width=8, steps=1, judge="auto"):
-    cfg = settings(judge=str(judge), judge_width=width, judge_steps=steps)
-    return evaluator.get_judge(cfg, data, CPU)
 
 
 def course_checkpoint(path, n_classes=24):
@@ -114,8 +91,7 @@ def test_refused_judges(tmp_path):
     assert get_judge(data_of(24), judge="none") is None
 
 
-def test_a_judge_learns_is_cached_and_leaves_the_random_state_alone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_judge_learns_is_cached_and_leaves_the_random_state_alone(monkeypatch):
     data = load_iclevr(settings(n_scenes=30))
     torch.manual_seed(7)
     state = torch.get_rng_state()
@@ -126,7 +102,7 @@ def test_a_judge_learns_is_cached_and_leaves_the_random_state_alone(tmp_path, mo
     chance = (n**2).sum() / 24 / n.sum()
     learnt = evaluator.count_objects(judge(images), labels)["accuracy"]
     assert learnt > 2 * chance  # on its training images: that it learns at all
-    assert f"{judge.held_out['accuracy']:.4f}" in judge.title
+    assert judge.title == f"ResNet-18 of width 8, held-out accuracy {judge.held_out['accuracy']:.4f}"
     monkeypatch.setattr(evaluator, "train_judge", None)
     again = get_judge(data, 8, 60)
     assert torch.equal(again(images), judge(images))
@@ -160,8 +136,7 @@ def digits():
                 labels[1000:])
 
 
-def test_a_judge_of_digits_learns_to_tell_them_apart(digits, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_judge_of_digits_learns_to_tell_them_apart(digits, tmp_path):
     judge = get_judge(digits, 16, 150)
     assert judge.held_out["accuracy"] > 0.8 and "digit CNN of width 16" in judge.title
     found = judge(digits.test_images / 127.5 - 1)
@@ -231,29 +206,24 @@ def test_real_digits_are_near_and_noise_is_far(digits):
 
 
 def test_fid_is_the_distance_of_inception_s_features(digits):
-    class Net(nn.Module):  # the network itself is held against pytorch-fid's in test_fid.py
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(1, 1)
-
-        def forward(self, x):
-            assert 0 <= x.min() and x.max() <= 1
-            return torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3))], 1)
-
+    def net(x):  # the network itself is held against pytorch-fid's in test_fid.py
+        assert 0 <= x.min() and x.max() <= 1
+        return torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3))], 1)
+    net.fc = nn.Linear(1, 1)
     fakes = digits.images[:300] / 127.5 - 1
-    mean, std = evaluator.score_fid(lambda n, g: (fakes[torch.randint(300, (n,), generator=g)], None), Net(),
+    mean, std = evaluator.score_fid(lambda n, g: (fakes[torch.randint(300, (n,), generator=g)], None), net,
                                     digits.test_images, 250, 2, 0)
     g = torch.Generator().manual_seed(0)
     values = []
     for _ in range(2):
         x = torch.cat([fakes[torch.randint(300, (n,), generator=g)] for n in (100, 100, 50)]) / 2 + 0.5
         a, b = fid.Moments(), fid.Moments()
-        a.update(Net()(digits.test_images / 255)), b.update(Net()(x))
+        a.update(net(digits.test_images / 255)), b.update(net(x))
         values.append(fid.frechet_distance(a.mean, a.covariance, b.mean, b.covariance))
     assert (mean, std) == pytest.approx((np.mean(values), np.std(values, ddof=1)), rel=1e-4)
 
 
-def test_fid_is_not_measured_where_its_weights_cannot_be_had(tmp_path, monkeypatch, capsys):
+def test_fid_is_not_measured_where_its_weights_cannot_be_had(monkeypatch, capsys):
     def no_network(weights, device):
         raise UserError("no network")
     assert evaluator.get_inception("none", CPU) is None and not capsys.readouterr().out
@@ -264,15 +234,6 @@ def test_fid_is_not_measured_where_its_weights_cannot_be_had(tmp_path, monkeypat
     assert "FID: not measured: no network" in capsys.readouterr().out
     with pytest.raises(UserError):  # named, so it must be there
         evaluator.get_inception("weights.pth", torch.device("cuda"))
-
-
-def test_the_narrow_judge_has_the_same_layers():
-    wide, narrow = evaluator.JudgeNet(24), evaluator.JudgeNet(24, 16)
-    assert narrow.fc[0].in_features == 128 and wide.fc[0].in_features == 512
-    assert narrow(torch.zeros(2, 3, 64, 64)).shape == (2, 24)
-    course = torchvision.models.resnet18()
-    assert [k for k in course.state_dict() if not k.startswith("fc")] == \
-        [k for k in wide.state_dict() if not k.startswith("fc")]
 
 
 # ------------------------------------------------------------------------------------------------- faces
@@ -327,7 +288,6 @@ def test_faces_are_scored_with_their_requested_labels():
 
 
 def test_a_judge_of_faces_learns_their_attributes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     data = load_faces(settings(attributes="blonde hair,black hair,with glasses", n_synthetic=400))
     judge = get_judge(data, 8, 80)
     chance = torch.maximum(data.test_labels.double().mean(0), 1 - data.test_labels.double().mean(0)).mean()
@@ -347,18 +307,3 @@ def test_names_of_attributes_and_groups():
     assert evaluator.attribute_names(data) == ["a … c", "d … d"]
     data.groups = ()
     assert evaluator.attribute_names(data) == ["a", "b", "c", "d"]
-
-
-def test_the_command_line_trains_a_judge_and_tests_it_on_others(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluator, "load_digits", lambda cfg, size, load=evaluator.load_digits: load(
-        settings(data=cfg.data, n_synthetic=60), size))
-    monkeypatch.setattr("sys.argv", "evaluator.py digits --data synthetic --judge-width 8 --judge-steps 2 "
-                        "--also synthetic --device cpu".split())
-    evaluator.main()
-    assert "11 test images of synthetic digits: accuracy 0." in capsys.readouterr().out
-    for argv, message in (("scenes --also mnist", "--also is for digits"),
-                          ("digits --judge-steps 0", "at least 1")):
-        monkeypatch.setattr("sys.argv", ["evaluator.py", *argv.split()])
-        with pytest.raises(UserError, match=message):
-            evaluator.main()

@@ -250,7 +250,6 @@ def call(tmp_path, monkeypatch, capsys, weights):
         raise URLError("unplugged")
 
     def run(*argv):
-        monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         monkeypatch.setattr(torch.hub, "urlopen", unplugged)
         monkeypatch.setattr(fid, "SHA256", weights[1])

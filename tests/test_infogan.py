@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.functional import one_hot
 
-import evaluator
 import infogan_mnist
 from common.datasets import load_digits
 from synthetic.digits import match
-from tests.conftest import rows_of, run_here, settings
+from tests.conftest import Reader, judge_of, rows_of, run_here, settings
 
 
 def networks(ch=64, image_size=64, z_dim=62, n_categories=10, n_continuous=2):
@@ -139,14 +139,6 @@ def test_match_finds_the_best_one_to_one_assignment():
     assert sorted(digit)[:2] == [-1, -1] and agree == pytest.approx(10 / 12)
 
 
-class FirstPixel(nn.Module):
-    """Reads the digit from the first pixel."""
-    size = 32
-
-    def forward(self, x):
-        return nn.functional.one_hot(x[:, 0, 0, 0].round().long(), 10).float()
-
-
 def test_score_categories_of_known_digits():
     """Category k shows digit (k + 3) % 10; a tenth of the images shows the next digit."""
     g = torch.Generator().manual_seed(1)
@@ -156,7 +148,7 @@ def test_score_categories_of_known_digits():
         return ((category + 3 + wrong) % 10)[:, None, None, None].float().expand(-1, 1, 32, 32)
 
     cfg = infogan_mnist.Config(eval_images=2000)
-    judge = evaluator.Judge(FirstPixel(), evaluator.KINDS["digits"], "", None)
+    judge = judge_of("digits", Reader(lambda x: one_hot(x[:, 0, 0, 0].round().long(), 10).float()))
     found = infogan_mnist.score_categories(make, cfg, judge, torch.Generator().manual_seed(0))
     assert found["digit"].tolist() == [(k + 3) % 10 for k in range(10)]
     assert found["code → digit"] == pytest.approx(0.9, abs=0.02)
@@ -173,7 +165,7 @@ def test_score_reading_is_that_of_q_s_estimates(here):
 
     def Q(h):  # reads the true class and factors
         i = [int((data.test_images == x.byte()).flatten(1).all(1).nonzero()[0]) for x in h]
-        logits = nn.functional.one_hot((data.test_labels[i] + 1) % 10, 10).float()
+        logits = one_hot((data.test_labels[i] + 1) % 10, 10).float()
         return logits, torch.stack([data.test_factors["slant"][i] * 2, -data.test_factors["width"][i]], 1)
 
     def body(x):
@@ -196,9 +188,3 @@ def test_pictures_and_scores_of_a_run(here):
     assert summary["a code ~ width"][0] == max(abs(last[f"code {c} ~ width"][0]) for c in (1, 2))
     assert 0.1 <= last["code → digit"][0] <= 1 and len(last["digit"][0]) == len(last["purity"][0]) == 10
     assert {"Q's category → class", "Q's code 2 ~ width"} < last.keys()
-
-
-def test_bad_values(refuses):
-    refuses("infogan_mnist", "--n-categories", "1", message="--n-categories 1 must be at least 2")
-    refuses("infogan_mnist", "--n-continuous", "0", message="--n-continuous 0: must be at least 1")
-    refuses("infogan_mnist", "--category", "10", message="--category 10 below it")

@@ -9,18 +9,7 @@ import evaluator
 from benchmarks import judges
 from common.datasets import load_faces, load_iclevr
 from common.errors import UserError
-from tests.conftest import settings
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def get_judge(data, judge="auto"):
-    return evaluator.get_judge(settings(judge=judge, judge_width=8, judge_steps=1), data, CPU)
+from tests.conftest import get_judge, settings
 
 
 def test_every_shipped_judge_is_of_todays_renderer_small_and_good():
@@ -45,7 +34,7 @@ def test_a_shipped_judge_reads_fresh_images_as_its_file_says(capsys):
     assert evaluator.count_objects(judge(images / 127.5 - 1), labels)["accuracy"] > 0.95
 
 
-def test_other_sizes_classes_and_renderers_get_a_judge_of_their_own(monkeypatch, capsys):
+def test_other_sizes_classes_and_renderers_get_a_judge_of_their_own(capsys):
     for data in (load_iclevr(settings(n_scenes=10, image_size=32)),
                  load_faces(settings(n_synthetic=40, image_size=64, attributes="blue eyes"))):
         get_judge(data)
@@ -56,10 +45,8 @@ def test_other_sizes_classes_and_renderers_get_a_judge_of_their_own(monkeypatch,
     assert "training a judge" in capsys.readouterr().out
 
 
-def test_a_damaged_shipped_judge_is_one_error_and_one_of_another_kind_another(tmp_path, monkeypatch):
+def test_a_damaged_shipped_judge_is_one_error(tmp_path, monkeypatch):
     data = load_iclevr(settings(n_scenes=10, image_size=64))
-    with pytest.raises(UserError, match="10 classes, the data has 24"):
-        get_judge(data, judge=str(evaluator.SHIPPED / "mnist-32.pt"))
     whole = (evaluator.SHIPPED / "synthetic-scenes-64.pt").read_bytes()
     (tmp_path / "synthetic-scenes-64.pt").write_bytes(whole[:len(whole) // 2])
     monkeypatch.setattr(evaluator, "SHIPPED", tmp_path)

@@ -1,6 +1,6 @@
 """The command line, the run folder and the checkpoints, without a method."""
-import csv
 import json
+import math
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from common import run, system
 from common.cli import Settings, parse, stored_config
 from common.datasets import Data
 from common.errors import NotFinite, Stopped, UserError, exit_status, reading
+from tests.conftest import rows_of
 
 SCRIPT = Path(__file__)
 
@@ -88,8 +89,7 @@ def test_resume_takes_the_stored_config_and_longer_iters(tmp_path):
     (["--resume", "e"], "e/config.json can't be read .KeyError"),
     (["--resume", "a", "--sample", "a"], "not allowed with"),
 ])
-def test_refused_uses_of_a_run(tmp_path, monkeypatch, argv, message):
-    monkeypatch.chdir(tmp_path)
+def test_refused_uses_of_a_run(tmp_path, argv, message):
     for name, changes in (("a", dict(lr=0.25)), ("b", dict(script="vae_celeba.py")), ("c", dict(more=1))):
         stored(tmp_path / name, **changes)
     for name, text in (("d", "{"), ("e", "{}")):
@@ -137,8 +137,7 @@ def test_a_file_is_complete_or_unchanged(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_an_existing_folder_is_never_overwritten(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_an_existing_folder_is_never_overwritten(tmp_path):
     names = []
     for _ in range(3):
         names.append(system.free_folder("", "dcgan").name)
@@ -183,18 +182,13 @@ def train(r, scores=(), until=None):
     return r
 
 
-def rows_of(r):
-    with open(r.folder / "metrics.csv", newline="") as f:
-        return list(csv.DictReader(f))
-
-
 def test_losses_and_scores_share_rows_and_best_is_kept(tmp_path, capsys):
     r = train(new_run(tmp_path), scores={4: 0.5, 8: 0.25, 10: 0.75})
-    rows = rows_of(r)
-    assert list(rows[0]) == ["step", "seconds", "accuracy", "d_loss", "d_real", "g_loss"]
-    assert [(row["step"], row["d_loss"], row["accuracy"]) for row in rows] == [
-        ("4", "", "0.5"), ("5", "3", ""), ("8", "", "0.25"), ("10", "8", "0.75")]  # means of 1 … 5, 6 … 10
-    assert rows[1]["g_loss"] == "1" and [n for n, _ in r.checkpoints("last", "best")] == ["last", "best"]
+    header, rows = (r.folder / "metrics.csv").read_text().split("\n")[0], rows_of(r.folder)
+    assert header == "step,seconds,accuracy,d_loss,d_real,g_loss"
+    assert [(row["step"], row.get("d_loss"), row.get("accuracy")) for row in rows] == [
+        (4, None, 0.5), (5, 3, None), (8, None, 0.25), (10, 8, 0.75)]  # means of 1 … 5, 6 … 10
+    assert rows[1]["g_loss"] == 1 and [n for n, _ in r.checkpoints("last", "best")] == ["last", "best"]
     assert torch.load(r.folder / "best.pt", weights_only=True)["step"] == 10
     assert "step 10/10" in capsys.readouterr().out and (r.folder / "progress.gif").exists()
     assert json.loads((r.folder / "config.json").read_text())["config"]["data"] == "mnist"  # resolved
@@ -214,7 +208,7 @@ def test_rows_and_pictures_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     r = new_run(tmp_path, "resume", iters=6)
     assert r.step == 5 and r.best == 0.5
     train(r)
-    assert [row["step"] for row in rows_of(r)] == ["4", "5", "6"]
+    assert [row["step"] for row in rows_of(folder)] == [4, 5, 6]
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step_0000005.png", "step_0000006.png"]
     assert not list(folder.rglob(".*")) and not (folder / "scores.json").exists()
     assert [s["from_step"] for s in json.loads((folder / "config.json").read_text())["sittings"]] == [0, 5]
@@ -247,7 +241,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_its_row_says_so(tmp_path):
     with pytest.raises(NotFinite, match="d_loss is nan at step 5"):
         for _ in r.steps():
             r.record(d_loss=torch.tensor(torch.nan))
-    assert rows_of(r)[-1]["d_loss"] == "nan" and not (r.folder / "last.pt").exists()
+    assert math.isnan(rows_of(r.folder)[-1]["d_loss"]) and not (r.folder / "last.pt").exists()
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):

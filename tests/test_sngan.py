@@ -100,10 +100,3 @@ def test_noise_is_added_to_all_that_d_is_given(add_noise):
     for noise in (of_d[:16] - real, again - real):
         assert -1e-6 < noise.min() and noise.max() < 1 / 128 + 1e-6
         assert noise.mean().item() == pytest.approx(add_noise / 256, rel=0.02, abs=1e-6)
-
-
-def test_bad_values(refuses):
-    refuses("sngan_iclevr", "--flip-labels", "1.1", message="--flip-labels 1.1: must be below 1")
-    refuses("sngan_iclevr", "--aux-weight", "-1", message="--aux-weight -1.0: must be at least 0")
-    refuses("sngan_iclevr", "--label-embed", "mean", message="invalid choice")
-    refuses("sngan_iclevr", "--device", "cuda:99", message="cuda:99 is not available")
