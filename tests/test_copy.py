@@ -40,19 +40,16 @@ G, D = Generator(24, 8, 2, 32), Discriminator(24, 2, 32, "cnn", "spectral", "lin
 
 def copied(module, names: list[str]) -> str:
     """The source of these definitions, and the allowed ones of the script's imports that they use."""
-    source = inspect.getsource(module)
-    body = ast.parse(source).body
-    chosen = [node for node in body if getattr(node, "name", None) in names]
-    assert sorted(node.name for node in chosen) == sorted(names)
-    used = {node.id for part in chosen for node in ast.walk(part) if isinstance(node, ast.Name)}
+    definitions = "\n\n".join(inspect.getsource(getattr(module, name)) for name in names)
+    used = {node.id for node in ast.walk(ast.parse(definitions)) if isinstance(node, ast.Name)}
     lines = []
-    for node in body:
+    for node in ast.parse(inspect.getsource(module)).body:
         for alias in getattr(node, "names", []):
             path = getattr(node, "module", "") or alias.name
             if (alias.asname or alias.name) in used and {path, f"{path}.{alias.name}"} & set(ALLOWED):
                 node.names = [alias]
                 lines.append(ast.unparse(node))
-    return "\n".join(lines + [ast.get_source_segment(source, node) for node in chosen])
+    return "\n".join([*lines, definitions])
 
 
 @pytest.mark.parametrize("module, names, code", [

@@ -1,6 +1,7 @@
 """InfoGAN: networks against the write-up's numbers, Q's losses, its grids, and the meaning of its codes."""
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,17 +26,14 @@ def networks(ch=64, image_size=64, z_dim=62, n_categories=10, n_continuous=2):
 def test_the_networks_are_the_write_up_s():
     G, body, D, Q = networks()
     code = infogan_mnist.join(torch.rand(2, 62), torch.tensor([3, 0]), torch.rand(2, 2), 10)
-    shapes, x = [], code
-    for layer in G:
-        x = layer(x)
-        shapes += [tuple(x.shape[1:])] if isinstance(layer, nn.ConvTranspose2d) else []
-    assert shapes == [(512, 4, 4), (256, 8, 8), (128, 16, 16), (64, 32, 32), (1, 64, 64)]
-    assert code.shape == (2, 74) and x.abs().max() <= 1
-    shapes = []
-    for layer in body:
-        x = layer(x)
-        shapes += [tuple(x.shape[1:])] if isinstance(layer, nn.Conv2d) else []
-    assert shapes == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    kernels = [layer.weight.shape for layer in G if isinstance(layer, nn.ConvTranspose2d)]
+    assert kernels == [(i, o, 4, 4) for i, o in pairwise([74, 512, 256, 128, 64, 1])]
+    kernels = [layer.weight.shape for layer in body if isinstance(layer, nn.Conv2d)]
+    assert kernels == [(o, i, 4, 4) for i, o in pairwise([1, 64, 128, 256, 512])]
+    x = G(code)
+    assert x.shape == (2, 1, 64, 64) and x.abs().max() <= 1
+    x = body(x)
+    assert x.shape == (2, 512, 4, 4)
     assert not any(getattr(m, "bias", None) is not None for net in (G, body, D) for m in net.modules()
                    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)))
     assert [m for m in body][1].negative_slope == 0.2 and not isinstance(body[2], nn.BatchNorm2d)
@@ -162,17 +160,20 @@ def test_the_strongest_code_counts_whatever_its_sign():
 
 def test_score_reading_is_that_of_q_s_estimates(here):
     data = load_digits(settings(n_synthetic=1000), 32)
+    factors = data.test_factors
 
     def Q(h):  # reads the true class and factors
         i = [int((data.test_images == x.byte()).flatten(1).all(1).nonzero()[0]) for x in h]
         logits = one_hot((data.test_labels[i] + 1) % 10, 10).float()
-        return logits, torch.stack([data.test_factors["slant"][i] * 2, -data.test_factors["width"][i]], 1)
+        slant = factors["slant"][i] * 2 + 10 * data.test_labels[i]  # correlations are within the classes
+        return logits, torch.stack([slant, -factors["width"][i]], 1)
 
     def body(x):
         return (x + 1) * 127.5 + 0.01
     found = infogan_mnist.score_reading(body, Q, data, torch.device("cpu"))
     assert found["Q's category → class"] == (1, 0)
     assert found["Q's code 1 ~ slant"][0] == pytest.approx(1)
+    assert abs(found["Q's code 1 ~ width"][0]) < 0.4
     assert found["Q's code 2 ~ width"][0] == pytest.approx(-1)
 
 

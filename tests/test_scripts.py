@@ -37,14 +37,14 @@ def finished(workdir):
     def get(name):
         if name not in made:
             args = flags(TINY[name] | EVERY | dict(iters=9, out=f"runs/{name}"))
-            output, _ = script(name, *args, cwd=workdir)
+            output = script(name, *args, cwd=workdir)
             made[name] = workdir / "runs" / name, output
         return made[name]
     return get
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_leaves_everything(finished, name):
+def test_a_run_leaves_everything_and_the_best_of_its_scored_steps(finished, name):
     folder, output = finished(name)
     rows = rows_of(folder)
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 9]  # losses and scores of a step share a row
@@ -67,14 +67,9 @@ def test_a_run_leaves_everything(finished, name):
         assert len(re.findall(f"^{line}", output, re.M)) == 1, line
     assert "FID: not measured" in output if "iclevr" not in name else "FID" not in output
     assert output.count("FID") == ("iclevr" not in name)  # nothing else goes by that name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_best_is_the_best_of_the_scored_steps(finished, name):
-    folder, _ = finished(name)
     best = torch.load(folder / "best.pt", weights_only=True)
     column, sign = ("accuracy_val", 1) if "iclevr" in name else ("fd_judge", -1)
-    values = {row["step"]: sign * row[column] for row in rows_of(folder) if column in row}
+    values = {row["step"]: sign * row[column] for row in rows if column in row}
     assert best["best"] == pytest.approx(max(values.values()), rel=1e-5)
     assert values[best["step"]] == max(values.values())
 
@@ -166,16 +161,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(workdir, uninterru
     same_runs(folder, uninterrupted)
 
 
-def test_a_diverging_run_stops_with_3_and_keeps_the_last_good_state(workdir):
-    args = flags(TINY["sngan_iclevr"] | dict(iters=40, save_every=1, lr_g=1e30, judge="none", out="runs/nan"))
-    _, errors = script("sngan_iclevr", *args, cwd=workdir, status=3)
-    assert errors.startswith("error: ") and errors.count("\n") == 1
-    checkpoint = workdir / "runs" / "nan" / "last.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        assert all(v.isfinite().all() for v in state["G"].values())
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_an_iteration_reads_nothing_back(here, name):
     counts = []
@@ -199,15 +184,12 @@ def test_precision_averages_and_determinism_are_switches(here, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_setting_has_its_help(capsys, name):
+def test_every_setting_has_its_help(name):
     from common.cli import Settings, parse
     module = importlib.import_module(name)
     source = inspect.getsource(module.Config) + inspect.getsource(Settings)
     lines = [line for line in source.splitlines() if re.match(r"    \w+: ", line)]
     assert len(lines) > 20 and all("  # " in line for line in lines)
-    with pytest.raises(SystemExit) as left:
-        parse(module.Config, module.QUICK, module.__doc__, ["--help"])
-    assert left.value.code == 0 and "(default: " in capsys.readouterr().out
     cfg = parse(module.Config, module.QUICK, "", ["--quick", "--iters", "7"])[1]
     assert cfg.iters == 7 and cfg.log_every == module.QUICK["log_every"]
 
@@ -229,12 +211,10 @@ def test_other_settings_and_other_runs_are_refused(finished, refuses, name):
 @pytest.mark.parametrize("command, message", [
     ("dcgan_mnist --net transformer", "invalid choice"),
     ("infogan_mnist --n-categories 1", "--n-categories 1 must be at least 2"),
-    ("infogan_mnist --n-continuous 0", "--n-continuous 0: must be at least 1"),
     ("infogan_mnist --category 10", "--category 10 below it"),
     ("acgan_celeba --loss wgan-clip --d-norm spectral", "clipping does nothing"),
     ("acgan_celeba --loss wgan-div --div-p 0.5", "below 1"),
     ("acgan_celeba --data synthetic --image-size 32 --n-synthetic 10", "10 images are too few"),
-    ("vae_celeba --z-dim 0", "--z-dim 0: must be at least 1"),
     ("vae_celeba --kl-weight -1", "--kl-weight -1.0: must be at least 0"),
     ("sngan_iclevr --flip-labels 1.1", "--flip-labels 1.1: must be below 1"),
     ("sngan_iclevr --label-embed mean", "invalid choice"),

@@ -100,10 +100,6 @@ def written():
     return digits.render(3000, seed=3)
 
 
-def correlation(a, b):
-    return torch.corrcoef(torch.stack([a.float(), b.float()]))[0, 1]
-
-
 def test_digits_have_the_shapes_and_ranges_said(written):
     images, labels, factors = written
     assert images.dtype == torch.uint8 and images.shape == (3000, 1, 28, 28)
@@ -130,34 +126,12 @@ def test_digits_look_like_mnist_s(written):
     assert x[:, border].max() == 0
 
 
-def test_a_digit_s_factors_show_in_it(written):
-    images, labels, factors = written
-    x = images[:, 0].double() / 255
-    at = torch.arange(28).double()
-    mass = x.sum((1, 2))
-    dy = at - (x.sum(2) * at).sum(1, keepdim=True) / mass[:, None]
-    dx = at - (x.sum(1) * at).sum(1, keepdim=True) / mass[:, None]
-    lean = -torch.einsum("nyx,ny,nx->n", x, dy, dx) / torch.einsum("nyx,ny->n", x, dy.square())
-    rows = (x > 0.5).any(2)
+def test_a_digit_is_as_high_as_said(written):
+    images, _, factors = written
+    rows = (images[:, 0] > 127).any(2)
     height = 28.0 - rows.int().argmax(1) - rows.flip(1).int().argmax(1)
-    assert (height - factors["size"]).abs().max() < 2 and (height - factors["size"]).mean().abs() < 0.4
-    for digit in range(10):
-        one = labels == digit
-        assert correlation(lean[one], factors["slant"][one]) > 0.85
-        assert correlation(mass[one], factors["width"][one]) > 0.75  # some ones have more strokes
-        assert correlation(height[one], factors["size"][one]) > 0.85
-    # an upright stroke leans just as said, and its ink is as broad
-    bar = (labels == 1) & ((x > 0.5).sum(2).amax(1) < 9)
-    assert (lean - factors["slant"])[bar].abs().median() < 0.1
-    broad = (mass / (height * (1 + factors["slant"].square()).sqrt()) - factors["width"])[bar]
-    assert broad.mean().abs() < 0.2
-
-
-def test_digits_can_be_told_apart(written):
-    images, labels, _ = written
-    x = torch.nn.functional.avg_pool2d(images.float() / 255, 2).flatten(1)
-    nearest = torch.cdist(x[2000:], x[:2000]).topk(3, largest=False).indices
-    assert (labels[:2000][nearest].mode(1).values == labels[2000:]).float().mean() > 0.93
+    wrong = height - factors["size"]
+    assert wrong.abs().max() < 2 and wrong.mean().abs() < 0.4
 
 
 @pytest.fixture(scope="module")
@@ -200,17 +174,6 @@ def test_every_combination_of_attributes_comes_equally_often():
     assert (order.diff() < 0).sum() > 20  # shuffled
 
 
-def test_a_face_s_attributes_show_in_it(portraits):
-    images, labels = portraits
-    middle = images[:, :, 10:22, 6:26].long() * 6 // 256  # the face and the hair beside it
-    codes = (middle * torch.tensor([36, 6, 1]).view(3, 1, 1)).sum(1).flatten(1)
-    x = torch.nn.functional.one_hot(codes, 216).sum(1).sqrt() / 10  # how much there is of each colour
-    said = groups(fitted(x[:1152], labels[:1152])(x[1152:]))
-    for group, least in {"hair": 0.97, "eyes": 0.86, "face": 0.97, "glasses": 0.91}.items():
-        right = said[group].argmax(1) == groups(labels)[group][1152:].argmax(1)
-        assert right.double().mean() > least, group
-
-
 def test_a_face_s_colours_are_never_taken_for_another_of_the_group():
     labels, factors = faces._sample_factors(2880, 5)
     for group, colours in faces.FACE_COLOURS.items():
@@ -235,12 +198,14 @@ def test_nothing_else_in_a_face_tells_its_attributes(portraits):
 
 def test_slant_and_width_are_the_true_ones():
     for size in (28, 64):
-        images, labels, factors = digits.render(400, image_size=size)
+        images, labels, factors = digits.render(1000, image_size=size)
         slant, width = digits.slant_and_width(images / 127.5 - 1)
+        for digit in range(10):
+            one = labels == digit
+            assert digits.spearman(slant[one], factors["slant"][one]) > 0.85
+            assert digits.spearman(width[one], factors["width"][one]) > 0.95
         ones = labels == 1  # a plain stroke in most of them
-        assert digits.spearman(slant[ones], factors["slant"][ones]) > 0.9
-        assert digits.spearman(slant, factors["slant"]) > 0.85
-        assert digits.spearman(width, factors["width"]) > 0.95
+        assert (slant - factors["slant"])[ones].abs().median() < 0.1
         assert (width / factors["width"]).median() == pytest.approx(1, abs=0.06)
     assert digits.slant_and_width(-torch.ones(2, 1, 28, 28))[0].isnan().all()
 
@@ -270,11 +235,3 @@ def test_code_effects_are_those_of_each_code():
     assert abs(result["code 2: change of slant"]) < 0.1
     blank = digits.code_effects(lambda z, *_: -torch.ones(len(z), 1, 32, 32), 3, 10, 1, torch.Generator(), 4)
     assert blank["code 1 ~ slant"] == 0
-
-
-def test_correlations_are_within_classes():
-    _, labels, factors = digits.render(300)
-    codes = torch.stack([factors["slant"] * 2 + 10 * labels, -factors["width"]], 1)
-    found = digits.correlations(codes, labels, factors)
-    assert found["code 1 ~ slant"] == pytest.approx(1) and found["code 2 ~ width"] == pytest.approx(-1)
-    assert abs(found["code 1 ~ width"]) < 0.4
