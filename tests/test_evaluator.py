@@ -100,7 +100,7 @@ def digits():
 
 @pytest.mark.parametrize("kind, width, steps, least", [  # by chance 0.1, 0.1 and 0.73
     ("scenes", 8, 60, 0.2), ("digits", 16, 150, 0.8), ("faces", 8, 80, 0.85)])
-def test_a_judge_learns_is_kept_and_leaves_the_random_state(digits, monkeypatch, kind, width, steps, least):
+def test_judges_learn_are_kept_and_leave_random_states_alone(digits, monkeypatch, kind, width, steps, least):
     faces = settings(attributes="blonde hair,black hair,with glasses", n_synthetic=400)
     data = {"scenes": lambda: load_iclevr(settings(n_scenes=30)), "digits": lambda: digits,
             "faces": lambda: load_faces(faces)}[kind]()
