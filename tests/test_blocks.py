@@ -31,10 +31,10 @@ def randomise_norms(net: nn.Module) -> None:
 
 
 def test_spectral_norm_reaches_one_on_every_layer_of_d_but_the_joining_one():
-    D = Discriminator(NULL, 4, 32, "linear")
+    D = Discriminator(NULL, 4, 32, "resnet", "spectral", "linear")
     kinds = (nn.Conv2d, nn.Linear, nn.Embedding)
     weighted = {name: m for name, m in D.named_modules() if isinstance(m, kinds)}
-    assert len(weighted) == 3 * 4 + 3  # four blocks of three convolutions; linear, embed, join
+    assert len(weighted) == 3 * 4 + 4  # four blocks of three convolutions; linear, embed, join, classify
     for _ in range(60):
         with blocks.normed_once(D):
             pass
@@ -47,7 +47,7 @@ def test_spectral_norm_reaches_one_on_every_layer_of_d_but_the_joining_one():
 
 
 def test_initialisation_is_not_lost_under_spectral_norm():
-    block = sngan.DownBlock(16, 32)
+    block = sngan.DownBlock(16, 32, "spectral")
     for conv, gain in ((block.conv1, math.sqrt(2)), (block.conv2, math.sqrt(2)), (block.shortcut, 1.0)):
         weight = conv.parametrizations.weight.original
         fan = (weight.shape[0] + weight.shape[1]) * weight.shape[2] ** 2
@@ -58,15 +58,16 @@ def test_initialisation_is_not_lost_under_spectral_norm():
 
 
 def test_weights_are_normed_once_per_update_and_take_gradients():
-    D = Discriminator(NULL, 2, 32, "sum")
+    D = Discriminator(NULL, 2, 32, "resnet", "spectral", "sum")
     other = copy.deepcopy(D)
     x, y = torch.randn(4, 3, 32, 32), torch.randint(25, (4, 3))
     with blocks.normed_once(D):
-        twice = torch.cat([D(x[:2], y[:2]), D(x[2:], y[2:])])
-        twice.sum().backward()
+        (score, logits), (more, _) = D(x[:2], y[:2]), D(x[2:], y[2:])
+        twice = torch.cat([score, more])
+        (twice.sum() + logits.sum()).backward()
     assert all(p.grad.any() for p in D.parameters())
     with blocks.normed_once(other):
-        once = other(x, y)
+        once, _ = other(x, y)
     torch.testing.assert_close(twice, once)
     for a, b in zip(D.buffers(), other.buffers(), strict=True):
         assert torch.equal(a, b)
@@ -108,7 +109,7 @@ def test_up_block_is_the_paper_s_order_of_layers():
 
 @pytest.mark.parametrize("first", [False, True])
 def test_down_block_is_the_paper_s_order_of_layers(first):
-    block = sngan.DownBlock(3, 8, first=first).eval()  # eval: no power iteration between the two calls
+    block = sngan.DownBlock(3, 8, "spectral", first=first).eval()  # eval: no power iteration
     x = torch.randn(2, 3, 8, 8)
     h = block.conv2(F.leaky_relu(block.conv1(x if first else F.leaky_relu(x, 0.01)), 0.01))
     expected = F.avg_pool2d(h, 2) + F.avg_pool2d(block.shortcut(x), 2)
@@ -117,7 +118,6 @@ def test_down_block_is_the_paper_s_order_of_layers(first):
 
 
 # ---------------------------------------------------------------------- labels in G and in D
-
 
 def test_labels_are_a_set_to_g():
     G = Generator(NULL, 8, 4, 32)
@@ -130,35 +130,32 @@ def test_labels_are_a_set_to_g():
     torch.testing.assert_close(G(z, torch.tensor([[NULL, 1, 9]])), image)
 
 
-@pytest.mark.parametrize("label_embed", ["linear", "sum"])
-def test_d_s_score_is_its_formula_and_null_labels_add_exactly_zero(label_embed):
-    D = Discriminator(NULL, 4, 32, label_embed).eval()
+@pytest.mark.parametrize("net, label_embed", [("resnet", "linear"), ("resnet", "sum"), ("cnn", "sum")])
+def test_d_s_score_is_its_formula_and_null_labels_add_exactly_zero(net, label_embed):
+    D = Discriminator(NULL, 4, 32, net, "spectral", label_embed).eval()
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([[1, 9, NULL], [3, 4, 5]])
-    h, vectors = F.leaky_relu(D.blocks(x)).sum((2, 3)), D.embed(y)
+    h, vectors = D.layers(x), D.embed(y)
+    h = F.leaky_relu(h).sum((2, 3)) if net == "resnet" else h.flatten(1)
     assert torch.equal(vectors.any(2), y < NULL)
     label = vectors.sum(1)
     if label_embed == "linear":  # where the order counts
         label = torch.einsum("nkf,okf->no", vectors, D.join.weight.unflatten(1, (3, -1)))
-    torch.testing.assert_close(D(x, y), D.linear(h)[:, 0] + (label * h).sum(1))
-    assert torch.equal(D(x, torch.full((2, 3), NULL)), D.linear(h)[:, 0])
+    score, logits = D(x, y)
+    torch.testing.assert_close(score, D.linear(h)[:, 0] + (label * h).sum(1))
+    torch.testing.assert_close(logits, D.classify(h))
+    assert torch.equal(D(x, torch.full((2, 3), NULL))[0], D.linear(h)[:, 0])
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
-def test_shapes(size):
-    G, D = Generator(NULL, 8, 2, size), Discriminator(NULL, 2, size, "linear")
-    y = torch.randint(25, (3, 3))
-    x = G(torch.randn(3, 8), y)
-    assert x.shape == (3, 3, size, size) and x.abs().max() <= 1
-    assert D(x, y).shape == (3,)
-
-
-def test_full_size_has_the_widths_of_the_write_up():
-    G, D = Generator(NULL, 128, 64, 64), Discriminator(NULL, 64, 64, "linear")
+def test_full_size_has_the_widths_of_the_write_up_and_images_have_the_size_asked():
+    G, D = Generator(NULL, 128, 64, 64), Discriminator(NULL, 64, 64, "resnet", "spectral", "linear")
     assert G.first.weight.shape == (16 * 64 * 4 * 4, 128)
     assert [b.conv1.weight.shape[:2] for b in G.blocks] == [(512, 1024), (256, 512), (128, 256), (64, 128)]
     widths = [64, 64, 128, 256, 512, 1024]
-    assert [b.conv2.weight.shape[:2] for b in D.blocks] == [(o, i) for i, o in pairwise(widths)]
+    assert [b.conv2.weight.shape[:2] for b in D.layers] == [(o, i) for i, o in pairwise(widths)]
     assert D.embed.weight.shape == (25, 1024) and D.join.weight.shape == (1024, 3 * 1024)
+    for size in (32, 64, 128):
+        x = Generator(NULL, 8, 2, size)(torch.randn(3, 8), torch.randint(25, (3, 3)))
+        assert x.shape == (3, 3, size, size) and x.abs().max() <= 1
 
 
 # ---------------------------------------------------------------------- the average of G

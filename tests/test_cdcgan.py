@@ -60,11 +60,11 @@ def test_each_step_is_of_its_own_network_and_by_bce_with_d_s_targets(cond, flip)
     found = cdcgan_iclevr.d_step(cfg, D, opt_d, real, fake, SETS)
     (p, logits), (q, _) = score(real, SETS), score(fake, SETS)
     p, q = p.sigmoid(), q.sigmoid()
-    auxiliary = nn.BCEWithLogitsLoss()(logits, cdcgan_iclevr.multi_hot(SETS, 24))
+    bce, hot = nn.BCEWithLogitsLoss(), cdcgan_iclevr.multi_hot(SETS, 24)
     torch.testing.assert_close((found["d_real"], found["d_fake"]), (p.mean(), q.mean()))
     if flip:
         p, q = 1 - p, 1 - q
-    torch.testing.assert_close(found["d_loss"], -p.log().mean() - (1 - q).log().mean() + 2 * auxiliary)
+    torch.testing.assert_close(found["d_loss"], -p.log().mean() - (1 - q).log().mean() + 2 * bce(logits, hot))
     assert opt_d.state and all(p.grad is None for p in G.parameters())
     D.zero_grad()
     score = copy.deepcopy(D)

@@ -66,11 +66,10 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(net, folders):
     """The moments of both folders."""
-    both = []
-    for folder in folders:
-        both.append(fid.Moments())
+    both = fid.Moments(), fid.Moments()
+    for moments, folder in zip(both, folders, strict=True):
         for batch in fid.features(net, fids.read_images(fids.list_images(folder), 50)):
-            both[-1].update(batch)
+            moments.update(batch)
     return both
 
 

@@ -1,16 +1,17 @@
 """VAE on faces: its loss against torch.distributions, its reconstructions, and arithmetic with attributes."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-import evaluator
 import vae_celeba
 from common.datasets import Data, load_faces
-from tests.conftest import rows_of, run_here, settings
+from tests.conftest import Reader, judge_of, rows_of, run_here, settings
 
 
 def test_the_networks_are_all_convolutional():
@@ -39,17 +40,11 @@ def test_z_is_reparametrised_and_the_loss_is_its_parts_per_pixel_value():
     torch.testing.assert_close(inputs[0], torch.normal(mean, (log_variance / 2).exp()))
 
 
-@pytest.fixture
-def finished(here):
-    """A run's folder, its network as best.pt has it, and its data."""
+def test_scores_and_directions_are_of_the_checkpoint(here):
     folder = run_here("vae_celeba", iters=6, eval_every=3, precision="fp32")
     vae, data = vae_celeba.VAE(4, 1, 32), load_faces(settings(n_synthetic=300))
     vae.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["vae"])
-    return folder, vae.eval().requires_grad_(False), data
-
-
-def test_scores_and_directions_are_of_the_checkpoint(finished):
-    folder, vae, data = finished
+    vae.eval().requires_grad_(False)
     assert {"loss", "mse", "kl"} < rows_of(folder)[0].keys()
     x = data.test_images / 127.5 - 1
     mean, log_variance = vae.encode(x)
@@ -68,25 +63,6 @@ def test_scores_and_directions_are_of_the_checkpoint(finished):
         assert i.width == 10 * 66 + 2 and a.height > 15 * 66 and a.width > 8 * 66 + 50  # labels on the left
 
 
-class Plain(nn.Module):
-    """A VAE whose latent is an image's mean, and a judge that finds attribute 0 in images brighter than 0."""
-    size = 8
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def encode(self, x):
-        return x.mean((2, 3))[:, :1], torch.zeros(len(x), 1)
-
-    def decoder(self, z):
-        return z[..., None, None].expand(-1, 3, 8, 8)
-
-    def forward(self, x):
-        bright = (x.mean((1, 2, 3)) > 0).float()[:, None]
-        return torch.cat([bright, torch.ones_like(bright)], 1)
-
-
 def test_what_adding_an_attribute_does_is_counted():
     levels = torch.tensor([0, 255, 51, 204])  # -1, 1, -0.6, 0.6: the bright ones are 1.6 brighter on average
     images = levels[:, None, None, None].expand(-1, 3, 8, 8).byte()
@@ -94,8 +70,11 @@ def test_what_adding_an_attribute_does_is_counted():
     test = torch.tensor([0, 20, 110, 140]).view(4, 1, 1, 1).expand(-1, 3, 8, 8).byte()
     test_labels = torch.tensor([[0.0, 1.0]] * 4)
     data = Data("", "faces", "", images, labels.float(), ("bright", "all"), "", test, test_labels)
-    net = Plain()
-    judge = evaluator.Judge(net, evaluator.KINDS["faces"], "", None)
+    # the latent is an image's mean; the judge finds the first attribute in images brighter than 0
+    net = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]),
+                          encode=lambda x: (x.mean((2, 3))[:, :1], torch.zeros(len(x), 1)),
+                          decoder=lambda z: z[..., None, None].expand(-1, 3, 8, 8))
+    judge = judge_of("faces", Reader(lambda x: F.pad(1.0 * (x.mean((2, 3))[:, :1] > 0), (0, 1), value=1)))
     shares = vae_celeba.add_attributes(net, data, judge)
     assert shares == {"bright": (0.25, 1.0)}  # all have the other: none lack it
     data.labels = labels.float().flip(1)  # nothing to tell "all" by now, and every training image is "bright"
