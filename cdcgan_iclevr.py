@@ -13,6 +13,7 @@ Results, with commands and hardware: results/README.md.
 """
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -46,12 +47,18 @@ class Config(Settings):
     d_cond: Literal["plane", "projection"] = "plane"  # labels enter D as a fourth plane, or by projection
     smooth_labels: bool = False  # D's targets: U(0.8, 1.2) for real images, U(0, 0.2) for generated ones
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
+    d_norm: Literal["batch", "none"] = "batch"  # D's norm
+    loss: Literal["bce", "paired"] = "bce"  # minimax, or of pairs of a real and a generated image
+    r1: float = 0.0  # γ of the R1 penalty on D's gradient at real images; 0: none
     aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses
+    beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
+    beta2: float = 0.999  # and of its square's
 
 
-QUICK = dict(iters=5000, batch_size=32, lr_g=1e-3, lr_d=5e-4, halve_every=0, ch=32, ema=0.998, n_scenes=4000,
-             d_cond="projection", aux_weight=5.0, log_every=50, sample_every=250, eval_every=1000,
-             save_every=1000, judge_width=16, judge_steps=1000)
+QUICK = dict(iters=3000, batch_size=32, lr_g=1e-3, lr_d=1e-3, halve_every=0, ch=32, ema=0.998, n_scenes=4000,
+             d_cond="projection", d_norm="none", loss="paired", r1=0.2, aux_weight=5.0, beta1=0.0, beta2=0.99,
+             log_every=50, sample_every=250, eval_every=1000, save_every=1000, judge_width=16,
+             judge_steps=1000)
 
 
 # ---------------------------------------------------------------------- networks
@@ -89,7 +96,7 @@ class Discriminator(nn.Module):
     All weights, the plane's too, are initialised as in the DCGAN paper.
     """
 
-    def __init__(self, n_classes: int, ch: int, image_size: int, cond: str):
+    def __init__(self, n_classes: int, ch: int, image_size: int, cond: str, norm: str = "batch"):
         super().__init__()
         self.n_classes, self.plane, w = n_classes, None, widths(ch, image_size)
         if cond == "plane":
@@ -99,7 +106,10 @@ class Discriminator(nn.Module):
             self.embed = nn.Linear(n_classes, w[-1] * 4 * 4, bias=False)
 
         def down(i: int, o: int) -> list[nn.Module]:
-            return [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), nn.LeakyReLU(0.2)]
+            act = nn.LeakyReLU(0.2)
+            if norm == "none":
+                return [nn.Conv2d(i, o, 4, 2, 1), act]
+            return [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), act]
         layers = [layer for i, o in pairwise(w) for layer in down(i, o)]
         self.layers = nn.Sequential(nn.Conv2d(4 if self.plane else 3, ch, 4, 2, 1), nn.LeakyReLU(0.2),
                                     *layers)  # [B, ch, 32, 32], [B, 2·ch, 16, 16], …, [B, 8·ch, 4, 4]
@@ -136,24 +146,33 @@ def d_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.
         # two passes, because real and fake images each need their own batch-norm statistics
         (score_real, logits), (score_fake, _) = D(real, labels), D(fake.detach(), labels)
     score_real, score_fake = score_real.float(), score_fake.float()
-    aux_real = losses.auxiliary(logits, labels)  # it learns from real images alone
-    target_real, target_fake = targets(cfg, len(real), real.device)
-    loss = (F.binary_cross_entropy_with_logits(score_real, target_real)
-            + F.binary_cross_entropy_with_logits(score_fake, target_fake) + cfg.aux_weight * aux_real)
+    aux_real, r1 = losses.auxiliary(logits, labels), torch.zeros((), device=real.device)
+    if cfg.loss == "paired":
+        loss = losses.paired(score_real, score_fake)
+    else:
+        target_real, target_fake = targets(cfg, len(real), real.device)
+        loss = (F.binary_cross_entropy_with_logits(score_real, target_real)
+                + F.binary_cross_entropy_with_logits(score_fake, target_fake))
+    if cfg.r1:  # a quarter of the batch is enough
+        n = -(-len(real) // 4)
+        r1 = losses.r1_penalty(lambda x: D(x, labels[:n])[0], real[:n])
+    loss = loss + cfg.aux_weight * aux_real + cfg.r1 * r1
     opt.zero_grad()
     loss.backward()
     opt.step()
     return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean(),
-                aux_real=aux_real)
+                aux_real=aux_real, r1=r1)
 
 
-def g_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, fake: torch.Tensor,
+def g_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
            labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update G by its images fake = G(z, labels), still attached to it."""
+    """Update G by its images fake = G(z, labels), still attached to it; real ones are for pairs only."""
     with frozen(D), autocast():
         score, logits = D(fake, labels)
+        score_real = D(real, labels)[0].float() if cfg.loss == "paired" else None
     score, aux_fake = score.float(), losses.auxiliary(logits, labels)
-    loss = losses.bce_g(score) + cfg.aux_weight * aux_fake
+    loss = losses.paired(score, score_real) if cfg.loss == "paired" else losses.bce_g(score)
+    loss = loss + cfg.aux_weight * aux_fake
     opt.zero_grad()
     loss.backward()
     opt.step()
@@ -170,11 +189,11 @@ def main(run: Run) -> None:
 
     torch.manual_seed(cfg.seed)
     G = Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size)
-    D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_cond)
+    D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_cond, cfg.d_norm)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     ema = Average(G, cfg.ema)  # what is sampled and scored
-    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, betas=(0.5, 0.999), fused=True)
-    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, betas=(0.5, 0.999), fused=True)
+    adam = partial(torch.optim.Adam, betas=(cfg.beta1, cfg.beta2), fused=True)
+    opt_g, opt_d = adam(G.parameters(), cfg.lr_g), adam(D.parameters(), cfg.lr_d)
     run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
 
     title, requested = run.title(data, cfg.d_cond, f"ch {cfg.ch}"), data.tests["test"]
@@ -193,7 +212,7 @@ def main(run: Run) -> None:
         with run.autocast():
             fake = G(torch.randn(len(real), cfg.z_dim, device=device), labels)
         run.record(**d_step(cfg, D, opt_d, real, fake, labels, run.autocast))
-        run.record(**g_step(cfg, D, opt_g, fake, labels, run.autocast))
+        run.record(**g_step(cfg, D, opt_g, real, fake, labels, run.autocast))
         ema.update(step)
 
         if run.due("sample"):

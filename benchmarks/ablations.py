@@ -62,9 +62,12 @@ ROWS = {
     "DCGAN, smooth labels": Row("cdcgan_iclevr", both("--smooth-labels"), DCGAN, "used"),
     "DCGAN, flipped labels": Row("cdcgan_iclevr", both("--flip-labels 0.1"), DCGAN, "not given"),
 }
-SIZES = {  # narrow: the quick presets, with a better judge, for as long as the two hours allow
-    "narrow": {"sngan_iclevr": "--quick --batch-size 16 --iters 2200",
-               "cdcgan_iclevr": "--quick --iters 7500 --halve-every 0"},
+NARROW = "--image-size 32 --ch 16 --n-scenes 2000 --ema 0.99"
+SIZES = {  # narrow: as long as the two hours allow
+    "narrow": {"sngan_iclevr": f"{NARROW} --batch-size 16 --iters 2200 --lr-g 1.2e-3 --lr-d 6e-4 --n-dis 1 "
+                               "--label-embed sum",
+               "cdcgan_iclevr": f"{NARROW} --batch-size 32 --iters 7500 --lr-g 1e-3 --lr-d 5e-4 "
+                                "--halve-every 0"},
     "full": {"sngan_iclevr": "--label-embed sum", "cdcgan_iclevr": "--ema 0.999"},  # as sngan_iclevr's
 }
 JUDGE = {"narrow": "--judge-width 24 --judge-steps 4000", "full": "--judge-width 64 --judge-steps 5000"}

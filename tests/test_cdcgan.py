@@ -68,7 +68,7 @@ def test_each_step_is_of_its_own_network_and_by_bce_with_d_s_targets(cond, flip)
     assert opt_d.state and all(p.grad is None for p in G.parameters())
     D.zero_grad()
     score = copy.deepcopy(D)
-    found = cdcgan_iclevr.g_step(cfg, D, opt_g, fake, SETS)
+    found = cdcgan_iclevr.g_step(cfg, D, opt_g, real, fake, SETS)
     q, logits = score(fake, SETS)
     torch.testing.assert_close(found["g_loss"], -q.sigmoid().log().mean() + 2 * bce(logits, hot))
     assert opt_g.state and all(p.grad is None for p in D.parameters())
@@ -96,3 +96,23 @@ def test_rates_are_halved_by_epochs(here):
         expected = [0.008 / 2**halvings, 0.004 / 2**halvings]
         assert rates(iters=iters, halve_every=2, lr_g=0.008, lr_d=0.004) == pytest.approx(expected), iters
     assert rates(iters=19, halve_every=0) == pytest.approx([2e-4, 1e-4])
+
+
+def test_pairs_and_their_penalty_are_their_formulas():
+    torch.manual_seed(0)
+    cfg = cdcgan_iclevr.Config(loss="paired", r1=0.5, d_norm="none")
+    G = cdcgan_iclevr.Generator(24, 8, 2, 32)
+    D = cdcgan_iclevr.Discriminator(24, 2, 32, "projection", "none")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in D.modules())
+    opt_g, opt_d = (torch.optim.Adam(net.parameters(), 1e-2) for net in (G, D))
+    real, fake, before = torch.rand(3, 3, 32, 32), G(torch.randn(3, 8), SETS), copy.deepcopy(D)
+    found = cdcgan_iclevr.d_step(cfg, D, opt_d, real, fake, SETS)
+    pairs = nn.functional.softplus(before(fake, SETS)[0] - before(real, SETS)[0]).mean()
+    first = real[:1].clone().requires_grad_()  # a quarter of three images, rounded up
+    gradient, = torch.autograd.grad(before(first, SETS[:1])[0].sum(), first)
+    torch.testing.assert_close(found["r1"], gradient.square().sum() / 2)
+    torch.testing.assert_close(found["d_loss"], pairs + 0.5 * found["r1"])
+    after = copy.deepcopy(D)
+    found = cdcgan_iclevr.g_step(cfg, D, opt_g, real, fake, SETS)
+    expected = nn.functional.softplus(after(real, SETS)[0] - after(fake, SETS)[0]).mean()
+    torch.testing.assert_close(found["g_loss"], expected)
