@@ -154,8 +154,7 @@ def d_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.
         loss = (F.binary_cross_entropy_with_logits(score_real, target_real)
                 + F.binary_cross_entropy_with_logits(score_fake, target_fake))
     if cfg.r1:  # a quarter of the batch is enough
-        n = -(-len(real) // 4)
-        r1 = losses.r1_penalty(lambda x: D(x, labels[:n])[0], real[:n])
+        r1 = losses.r1_penalty(lambda x: D(x, labels[::4])[0], real[::4])
     loss = loss + cfg.aux_weight * aux_real + cfg.r1 * r1
     opt.zero_grad()
     loss.backward()

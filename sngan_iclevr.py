@@ -10,6 +10,7 @@ and an R1 penalty instead (Huang et al. 2024), which learns the labels several t
 Results, with commands and hardware: results/README.md.
 """
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -93,8 +94,7 @@ class SetEmbedding(nn.Embedding):
 class ConditionalBatchNorm(nn.Module):
     """Batch norm whose gain and bias depend on a set of labels (de Vries et al. 2017; Dumoulin et al. 2017).
 
-    gain = γ + Σ γ[label], bias = β + Σ β[label]: for one label the usual class-conditional form, for several
-    independent of their order; a null label changes nothing.
+    gain = γ + Σ γ[label], bias = β + Σ β[label]: the labels' order doesn't matter; a null label adds nothing.
     """
 
     def __init__(self, channels: int, n_classes: int):
@@ -126,22 +126,18 @@ class UpBlock(nn.Module):
         return h + F.interpolate(self.shortcut(x), scale_factor=2)
 
 
-def normed(layer: nn.Module, norm: str) -> nn.Module:
-    return spectral_norm(layer) if norm == "spectral" else layer
-
-
 class DownBlock(nn.Module):
     """Residual block of D, [B, i, H, W] → [B, o, H/2, W/2] (Miyato & Koyama 2018, fig. 14 c).
 
-    first: the "optimised" block that takes an image, without activation before its first convolution.
+    first: it takes an image, and has no activation before its first convolution. norm: of each layer.
     """
 
-    def __init__(self, i: int, o: int, norm: str, first: bool = False):
+    def __init__(self, i: int, o: int, norm: Callable[[nn.Module], nn.Module], first: bool = False):
         super().__init__()
         self.first, hidden = first, o if first else i
-        self.conv1 = normed(residual_conv(i, hidden, 3), norm)
-        self.conv2 = normed(residual_conv(hidden, o, 3), norm)
-        self.shortcut = normed(residual_conv(i, o, 1), norm)
+        self.conv1 = norm(residual_conv(i, hidden, 3))
+        self.conv2 = norm(residual_conv(hidden, o, 3))
+        self.shortcut = norm(residual_conv(i, o, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv1(x if self.first else F.leaky_relu(x))
@@ -177,28 +173,30 @@ class Discriminator(nn.Module):
     """images [B, 3, S, S], labels [B, 3] → scores [B], ψ(h) + ⟨labels, h⟩ (Miyato & Koyama 2018, eq. 3), and
     the auxiliary classifier's logits [B, n_classes] (Odena et al. 2017).
 
-    net "resnet": the features h are summed over space, as in the write-up; "cnn": flattened. Spectral norm on
-    every layer but the one that combines the label vectors, as in the write-up, or on none.
+    net "resnet": features h summed over space, as in the write-up; "cnn": flattened. norm "spectral": on all
+    layers but the one that combines the label vectors, as in the write-up.
     """
 
     def __init__(self, n_classes: int, ch: int, image_size: int, net: str, norm: str, label_embed: str):
         super().__init__()
         w, self.net = widths(ch, image_size), net
+        normed = spectral_norm if norm == "spectral" else nn.Identity()  # which returns its input
         if net == "resnet":  # [B, ch, S/2, S/2], [B, 2·ch, S/4, S/4], … [B, 16·ch, S/32, S/32]
-            layers = [DownBlock(i, o, norm, first=i == 3) for i, o in pairwise([3, *w])]
+            layers = [DownBlock(i, o, normed, first=i == 3) for i, o in pairwise([3, *w])]
         else:  # [B, ch, S/2, S/2], … [B, 8·ch, 4, 4]
-            convs = [nn.Conv2d(i, o, 4, 2, 1) for i, o in pairwise([3, *w[:-1]])]
-            convs = [normed(init_xavier(conv, math.sqrt(2)), norm) for conv in convs]
-            layers = [layer for conv in convs for layer in (conv, nn.LeakyReLU(0.2))]
+            layers = []
+            for i, o in pairwise([3, *w[:-1]]):
+                conv = init_xavier(nn.Conv2d(i, o, 4, 2, 1), math.sqrt(2))
+                layers += [normed(conv), nn.LeakyReLU(0.2)]
         self.layers, features = nn.Sequential(*layers), w[-1] if net == "resnet" else w[-2] * 4 * 4
-        self.linear = normed(init_xavier(nn.Linear(features, 1)), norm)
+        self.linear = normed(init_xavier(nn.Linear(features, 1)))
         embed = init_xavier(nn.Embedding(n_classes + 1, features, padding_idx=n_classes))
         nn.init.zeros_(embed.weight[n_classes])  # the null class: a zero vector, and no gradient
-        self.embed = normed(embed, norm)
+        self.embed = normed(embed)
         self.join = None
         if label_embed == "linear":  # without bias, so that a null label adds exactly zero to the score
             self.join = init_xavier(nn.Linear(3 * features, features, bias=False))
-        self.classify = normed(init_xavier(nn.Linear(features, n_classes)), norm)
+        self.classify = normed(init_xavier(nn.Linear(features, n_classes)))
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         h = self.layers(x)
@@ -224,8 +222,7 @@ def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
         score_real, score_fake = scores.float().chunk(2)
         aux_real = losses.auxiliary(logits[:len(real)], labels)  # it learns from real images alone
         if cfg.r1:  # a quarter of the batch is enough
-            n = -(-len(real) // 4)
-            r1 = losses.r1_penalty(lambda x: D(x, labels[:n])[0], real[:n])
+            r1 = losses.r1_penalty(lambda x: D(x, labels[::4])[0], real[::4])
     loss = adversarial(cfg.loss, score_real, score_fake, cfg.flip_labels)
     loss = loss + cfg.aux_weight * aux_real + cfg.r1 * r1
     opt.zero_grad()

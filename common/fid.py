@@ -22,8 +22,6 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 SHA256 = "6726825d"  # how the hash of that file begins
 
 
-# ---------------------------------------------------------------------- the network
-
 class Inception(tv.Inception3):
     """The Inception network of 2015-12-05 (Szegedy et al. 2015) as FID uses it.
 
@@ -82,8 +80,6 @@ def load_inception(weights: str = "auto", device: torch.device | str = "cpu") ->
         net.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
     return net.to(device, memory_format=torch.channels_last)
 
-
-# ---------------------------------------------------------------------- features and their moments
 
 def features(net: Callable, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """net(images in [0, 1]) for each batch [N, 1 or 3, H, W]: uint8, or floats in [-1, 1].

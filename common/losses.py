@@ -23,10 +23,7 @@ def paired(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def auxiliary(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of a classifier of several labels an image (auxiliary classifier: Odena et al. 2017).
-
-    logits [B, C]; labels [B, K], class ids padded with C.
-    """
+    """Cross-entropy of an auxiliary classifier (Odena et al. 2017): logits [B, C], labels [B, K] ids or C."""
     return F.binary_cross_entropy_with_logits(logits.float(), multi_hot(labels, logits.shape[1]))
 
 

@@ -15,13 +15,10 @@ from common.errors import UserError
 
 
 def pick_device(name: str, deterministic: bool = False) -> torch.device:
-    """The device of that name; "auto" is CUDA if available, else the CPU. Raises UserError if unusable.
-
-    deterministic: only kernels that give the same bits in each run.
-    """
+    """The device of that name ("auto": CUDA if available, else the CPU); UserError if it is not usable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if deterministic:
+    if deterministic:  # only kernels that give the same bits in each run
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:

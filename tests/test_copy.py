@@ -54,7 +54,7 @@ def copied(module, names: list[str]) -> str:
 
 @pytest.mark.parametrize("module, names, code", [
     (dcgan_mnist, "Generator Discriminator d_step g_step", DCGAN),
-    (sngan_iclevr, "init_xavier residual_conv SetEmbedding ConditionalBatchNorm UpBlock normed DownBlock "
+    (sngan_iclevr, "init_xavier residual_conv SetEmbedding ConditionalBatchNorm UpBlock DownBlock "
      "widths Generator Discriminator d_step g_step adversarial noisy", SNGAN)], ids=["dcgan", "sngan"])
 def test_copied_networks_and_steps_train(tmp_path, module, names, code):
     text = copied(module, names.split()) + LOOP.format(**code)
