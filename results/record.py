@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks import recipes  # noqa: E402
 from benchmarks.ablations import markdown  # noqa: E402
 from benchmarks.sweep import seconds_per_iteration  # noqa: E402
 from common.cli import Parser  # noqa: E402
@@ -115,7 +116,7 @@ def data_of(kept: dict) -> str:
 
 
 def hardware(kept: dict) -> str:
-    known = kept["hardware"] if "rows" in kept else kept["sittings"][0]["hardware"]
+    known = kept["hardware"] if "hardware" in kept else kept["sittings"][0]["hardware"]
     return known.replace(" 1 threads", " 1 thread")
 
 
@@ -133,6 +134,9 @@ def blocks() -> dict[Path, dict[str, str]]:
             links = f"[a strip of each]({name}.png), [all figures]({name}.json)"
             found[f"<!-- {name} -->"] = (f"`python {k['command']}` on {k['what']}; {hardware(k)} a run "
                                          f"({links}):\n\n{markdown(k['rows'])}")
+        if "recipes" in k:
+            about = f"`python {k['command']}` ({hardware(k)} a run; [all figures]({name}.json))"
+            found[f"<!-- {name} -->"] = f"{about}:\n\n{recipes.markdown(k['recipes'])}"
     return {ROOT / "README.md": {"<!-- scripts -->": "\n".join(script_rows(kept))},
             RESULTS / "README.md": found}
 
