@@ -58,7 +58,7 @@ class Config(Settings):
     lr_decay_from: int = 0  # iteration from which both rates fall linearly to 0 at the last; 0: never
 
 
-QUICK = dict(iters=2400, batch_size=32, lr_g=1e-3, lr_d=1e-3, n_dis=1, ch=16, ema=0.998, n_scenes=4000,
+QUICK = dict(iters=3600, batch_size=32, lr_g=1e-3, lr_d=1e-3, n_dis=1, ch=16, ema=0.998, n_scenes=4000,
              d_net="cnn", d_norm="none", label_embed="sum", loss="paired", r1=0.2, aux_weight=5.0, beta1=0.0,
              beta2=0.99, log_every=50, sample_every=200, eval_every=600, save_every=600, judge_width=16,
              judge_steps=1000)

@@ -34,7 +34,6 @@ ROWS = {
         "the same, residual D": "--d-norm spectral --loss hinge --r1 0 --d-net resnet",
         "the same, no classifier": "--d-norm spectral --loss hinge --r1 0 --d-net resnet --aux-weight 0",
         "Adam (0.5, 0.999)": "--beta1 0.5 --beta2 0.999",
-        "constant rates": "--lr-decay-from 0",
         "width 8": "--ch 8",
         "32×32": "--image-size 32",
     },
@@ -54,10 +53,8 @@ ALL = "--quick --data synthetic --log-every 20 --sample-every 0 --save-every 200
 
 
 def job_of(script: str, row: str, seed: int, iters: int, out: Path) -> Job:
-    """A run of `iters` iterations, scored at its end; where rates decay, they do so in its last third."""
+    """A run of `iters` iterations, scored at its end."""
     flags = f"{ALL} {ROWS[script][row]} --seed {seed} --iters {iters} --eval-every {iters}"
-    if script == "sngan_iclevr" and "--lr-decay-from" not in flags:
-        flags += f" --lr-decay-from {iters * 2 // 3}"
     return Job(script, out / f"{row}-{seed}".replace(" ", "_"), flags.split())
 
 
