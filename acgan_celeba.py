@@ -65,8 +65,7 @@ class Config(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.loss == "wgan-clip" and self.d_norm == "spectral":
-            raise UserError("--loss wgan-clip with --d-norm spectral: clipping does nothing: spectral "
-                            "norm cancels the weights' size; use --d-norm batch, or another loss")
+            raise UserError("--loss wgan-clip: clipping does nothing with --d-norm spectral: change one")
         if self.div_p < 1:
             raise UserError(f"--div-p {self.div_p}: below 1 the penalty's slope is infinite at gradient 0")
 
@@ -124,9 +123,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """images [B, 3, S, S], attributes y [B, A] → adversarial scores [B], attribute logits [B, A].
 
-    cond "concat": the score is a linear layer on (features, y), as in the write-up, so that y only shifts it;
-    "projection": ψ(h) + ⟨V y, h⟩ (Miyato & Koyama 2018, eq. 3). norm "spectral": on every layer that the
-    score passes; the attributes' layer, a classifier, needs no bound.
+    cond "concat": a linear layer on (features, y), as in the write-up; y only shifts the score. "projection":
+    ψ(h) + ⟨V y, h⟩ (Miyato & Koyama 2018, eq. 3). norm "spectral": on all layers but the attributes'.
     """
 
     def __init__(self, n_attributes: int, ch: int, image_size: int, norm: str, cond: str):
@@ -192,9 +190,8 @@ def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
 def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, y: torch.Tensor,
            autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update G with images of the attributes [B, A]."""
-    z = torch.randn(len(y), cfg.z_dim, device=y.device)
     with frozen(D), normed_once(D), autocast():
-        score, logits = D(G(z, y), y)
+        score, logits = D(G(torch.randn(len(y), cfg.z_dim, device=y.device), y), y)
     aux = F.binary_cross_entropy_with_logits(logits.float(), y)
     adversarial = losses.bce_g if cfg.loss == "bce" else losses.hinge_g  # hinge_g: -E[D(G(z))]
     loss = adversarial(score.float()) + cfg.aux_weight * aux
@@ -210,8 +207,8 @@ def request(data: Data, n: int, g: torch.Generator) -> torch.Tensor:
     """Attributes [n, A] to generate: uniform within each group; without groups, those of training images."""
     if not data.groups:
         return data.labels[torch.randint(len(data.labels), (n,), generator=g)]
-    picks = [torch.randint(len(columns), (n,), generator=g) for columns in data.groups]
-    return torch.cat([F.one_hot(p, len(c)) for p, c in zip(picks, data.groups, strict=True)], 1).float()
+    picks = [F.one_hot(torch.randint(len(c), (n,), generator=g), len(c)) for c in data.groups]
+    return torch.cat(picks, 1).float()
 
 
 def switched(y: torch.Tensor, attribute: int, value: int, data: Data) -> torch.Tensor:
@@ -266,7 +263,7 @@ def main(run: Run) -> None:
     D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_norm, cfg.d_cond)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     ema = Average(G, cfg.ema)  # what is sampled and scored
-    # the write-up gives betas for its VAE only; WGAN-GP's authors use the same for such networks
+    # the write-up gives none for its GAN; these betas are WGAN-GP's
     opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, betas=(0.5, 0.9), fused=True)
     opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, betas=(0.5, 0.9), fused=True)
     run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)

@@ -57,7 +57,6 @@ class Config(Settings):
                             f"{self.category} below it")
 
 
-# at width 16 the full run's rates let G collapse to one image per category in one trial
 QUICK = dict(iters=2000, batch_size=64, lr_d=5e-4, ch=16, image_size=32, log_every=50, sample_every=100,
              eval_every=500, save_every=500, judge_steps=1000, eval_images=2000, q_weight=0.3)
 
@@ -132,10 +131,8 @@ def join(z: torch.Tensor, category: torch.Tensor, continuous: torch.Tensor,
 
 def q_losses(estimate: tuple, category: torch.Tensor,
              continuous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative lower bounds of the mutual information of codes and images (Chen et al. 2016, eq. 5).
-
-    Cross-entropy of the category [B], on logits; Gaussian negative log-likelihood of the continuous codes
-    [B, C], averaged over batch and codes.
+    """Negative lower bounds of the mutual information of codes and images (Chen et al. 2016, eq. 5): the
+    category's [B] cross-entropy; the continuous codes' [B, C] Gaussian negative log-likelihood, their mean.
     """
     logits, mean, variance = estimate
     nll = 0.5 * ((continuous - mean).square() / variance + variance.log() + math.log(2 * math.pi))
@@ -181,8 +178,7 @@ def uniform(*shape: int, g: torch.Generator | None = None, device=None) -> torch
 def grid_codes(cfg: Config, g: torch.Generator, rows: int, varied: int | None) -> tuple:
     """Noise, categories and continuous codes of a grid, line by line, with one category per column.
 
-    varied: the continuous code that goes from -1 to 1 down the lines, with the others 0 and the same noise
-    down a column; None: all are random.
+    varied: the code that goes from -1 to 1 down the lines, the others being 0; None: all are random.
     """
     k = cfg.n_categories
     category = torch.arange(k).repeat(rows)
@@ -194,10 +190,7 @@ def grid_codes(cfg: Config, g: torch.Generator, rows: int, varied: int | None) -
 
 
 def save_pictures(make: Callable[..., torch.Tensor], data: Data, run: Run, title: str) -> None:
-    """Grids: samples of each category; each continuous code varied, over all categories and within one.
-
-    make(z, category, continuous) → images.
-    """
+    """Grids of make(z, category, continuous): samples, each continuous code varied, and within a category."""
     cfg, folder, g = run.cfg, run.folder, torch.Generator().manual_seed(run.cfg.seed)
     save_grid(folder / "samples.png", make(*grid_codes(cfg, g, 10, None)),
               f"{title}: one category per column, the other codes random", nrow=cfg.n_categories)
