@@ -1,7 +1,7 @@
 """SNGAN with a projection discriminator on i-CLEVR: images of one to three requested objects.
 
 Spectral norm: Miyato et al. 2018; projection: Miyato & Koyama 2018. --quick has a plain D without norm, pairs
-and an R1 penalty instead (Huang et al. 2024), which learns the labels several times faster.
+and zero-centred penalties instead (Huang et al. 2024), which learn the labels several times faster.
 
     python sngan_iclevr.py --quick                     # minutes on two CPU cores
     python sngan_iclevr.py --iters 30000               # the full run, one GPU
@@ -49,7 +49,7 @@ class Config(Settings):
     d_norm: Literal["spectral", "none"] = "spectral"  # norm of D's weights
     label_embed: Literal["linear", "sum"] = "linear"  # how D combines an image's label vectors
     loss: Literal["hinge", "relativistic", "paired"] = "hinge"  # relativistic: to the other kind's mean score
-    r1: float = 0.0  # γ of the R1 penalty on D's gradient at real images; 0: none
+    gamma: float = 0.0  # γ of the penalties R1 and R2 on D's gradients at real and generated images; 0: none
     aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses
     beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
     beta2: float = 0.999  # and of its square's
@@ -59,9 +59,9 @@ class Config(Settings):
 
 
 QUICK = dict(iters=3600, batch_size=32, lr_g=1e-3, lr_d=1e-3, n_dis=1, ch=16, ema=0.998, n_scenes=4000,
-             d_net="cnn", d_norm="none", label_embed="sum", loss="paired", r1=0.2, aux_weight=5.0, beta1=0.0,
-             beta2=0.99, log_every=50, sample_every=200, eval_every=600, save_every=600, judge_width=16,
-             judge_steps=1000)
+             d_net="cnn", d_norm="none", label_embed="sum", loss="paired", gamma=0.5, aux_weight=5.0,
+             beta1=0.0, beta2=0.99, log_every=50, sample_every=200, eval_every=600, save_every=600,
+             judge_width=16, judge_steps=1000)
 
 
 # ---------------------------------------------------------------------- networks
@@ -212,7 +212,7 @@ def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
            labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update D with real images [B, 3, S, S] and generated ones of the same labels [B, 3]."""
     z = torch.randn(len(real), cfg.z_dim, device=real.device)
-    r1 = torch.zeros((), device=real.device)
+    penalty = torch.zeros((), device=real.device)
     with normed_once(D):
         with autocast():
             with torch.no_grad():
@@ -221,14 +221,16 @@ def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
             scores, logits = D(noisy(torch.cat([real, fake]), cfg.add_noise), labels.repeat(2, 1))
         score_real, score_fake = scores.float().chunk(2)
         aux_real = losses.auxiliary(logits[:len(real)], labels)  # it learns from real images alone
-        if cfg.r1:  # a quarter of the batch is enough
-            r1 = losses.r1_penalty(lambda x: D(x, labels[::4])[0], real[::4])
+        if cfg.gamma:  # an eighth of each kind is enough
+            some, y = torch.cat([real[::8], fake[::8].float()]), labels[::8].repeat(2, 1)
+            penalty = losses.zero_centred_penalty(lambda x: D(x, y)[0], some)
     loss = adversarial(cfg.loss, score_real, score_fake, cfg.flip_labels)
-    loss = loss + cfg.aux_weight * aux_real + cfg.r1 * r1
+    loss = loss + cfg.aux_weight * aux_real + cfg.gamma * penalty
     opt.zero_grad()
     loss.backward()
     opt.step()
-    return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean(), aux_real=aux_real, r1=r1)
+    return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean(), penalty=penalty,
+                aux_real=aux_real)
 
 
 def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,

@@ -66,6 +66,6 @@ def wasserstein_divergence(critic: Callable, real: torch.Tensor, fake: torch.Ten
     return k * _gradient_norms(critic, real, fake).pow(p).mean()
 
 
-def r1_penalty(critic: Callable, real: torch.Tensor) -> torch.Tensor:
-    """½ E[‖∇D(x)‖₂²] at real images x [B, C, H, W], in fp32 (R1: Mescheder et al. 2018, eq. 9)."""
-    return _gradient_norms(critic, real, real).square().mean() / 2
+def zero_centred_penalty(critic: Callable, images: torch.Tensor) -> torch.Tensor:
+    """½ E[‖∇D(x)‖₂²]: R1 if x is real, R2 if it is generated (Mescheder et al. 2018, eq. 9, 10)."""
+    return _gradient_norms(critic, images, images).square().mean() / 2

@@ -100,7 +100,7 @@ def test_rates_are_halved_by_epochs(here):
 
 def test_pairs_and_their_penalty_are_their_formulas():
     torch.manual_seed(0)
-    cfg = cdcgan_iclevr.Config(loss="paired", r1=0.5, d_norm="none")
+    cfg = cdcgan_iclevr.Config(loss="paired", gamma=0.5, d_norm="none")
     G = cdcgan_iclevr.Generator(24, 8, 2, 32)
     D = cdcgan_iclevr.Discriminator(24, 2, 32, "projection", "none")
     assert not any(isinstance(module, nn.BatchNorm2d) for module in D.modules())
@@ -108,10 +108,10 @@ def test_pairs_and_their_penalty_are_their_formulas():
     real, fake, before = torch.rand(3, 3, 32, 32), G(torch.randn(3, 8), SETS), copy.deepcopy(D)
     found = cdcgan_iclevr.d_step(cfg, D, opt_d, real, fake, SETS)
     pairs = nn.functional.softplus(before(fake, SETS)[0] - before(real, SETS)[0]).mean()
-    first = real[:1].clone().requires_grad_()  # a quarter of three images, rounded up
-    gradient, = torch.autograd.grad(before(first, SETS[:1])[0].sum(), first)
-    torch.testing.assert_close(found["r1"], gradient.square().sum() / 2)
-    torch.testing.assert_close(found["d_loss"], pairs + 0.5 * found["r1"])
+    first = torch.stack([real[0], fake[0].detach()]).requires_grad_()  # an eighth of each kind, rounded up
+    gradient, = torch.autograd.grad(before(first, SETS[[0, 0]])[0].sum(), first)
+    torch.testing.assert_close(found["penalty"], gradient.square().sum() / 2 / 2)
+    torch.testing.assert_close(found["d_loss"], pairs + 0.5 * found["penalty"])
     after = copy.deepcopy(D)
     found = cdcgan_iclevr.g_step(cfg, D, opt_g, real, fake, SETS)
     expected = nn.functional.softplus(after(real, SETS)[0] - after(fake, SETS)[0]).mean()

@@ -96,10 +96,10 @@ def test_penalties_are_computed_in_fp32_under_autocast(name):
     assert found.item() == pytest.approx(plain.item(), rel=0.02)
 
 
-def test_r1_is_its_formula():
+def test_the_zero_centred_penalty_is_its_formula():
     x = torch.rand(3, 2, 4, 4, dtype=torch.float64)
     weight = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
-    penalty = losses.r1_penalty(lambda images: weight * images.square().sum((1, 2, 3)), x)
+    penalty = losses.zero_centred_penalty(lambda images: weight * images.square().sum((1, 2, 3)), x)
     torch.testing.assert_close(penalty, (3 * x).square().sum((1, 2, 3)).mean() / 2)  # ∇D = 2 · 1.5 · x
     penalty.backward()
     assert weight.grad.item() == pytest.approx(2 * penalty.item() / 1.5)

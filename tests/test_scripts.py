@@ -100,7 +100,7 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("dcgan_mnist", dict(net="mlp", ema=0.9)), ("acgan_celeba", dict(d_norm="spectral", d_cond="projection")),
     ("cdcgan_iclevr", dict(d_cond="projection", smooth_labels=True, flip_labels=0.2, ema=0.9)),
     ("sngan_iclevr", dict(loss="relativistic", flip_labels=0.1, label_embed="sum", lr_decay_from=3)),
-    ("sngan_iclevr", dict(loss="paired", r1=0.2, aux_weight=5.0, d_net="cnn", d_norm="none", beta1=0.0))]
+    ("sngan_iclevr", dict(loss="paired", gamma=0.2, aux_weight=5.0, d_net="cnn", d_norm="none", beta1=0.0))]
 
 
 @pytest.mark.parametrize("name, fields", VARIANTS, ids=str)

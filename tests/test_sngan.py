@@ -62,14 +62,14 @@ def test_losses_are_hinges_and_relativistic_ones_swap_roles_for_g():
 
 def test_pairs_penalty_and_classifier_are_their_formulas():
     d, g, (images, labels), [(_, both, logits), (x, _, _), (_, of_g, logits_g), (_, of_real, _)] = steps(
-        loss="paired", r1=0.5, aux_weight=3.0, d_net="cnn", d_norm="none")
+        loss="paired", gamma=0.5, aux_weight=3.0, d_net="cnn", d_norm="none")
     real, fake = both.chunk(2)
     target = torch.zeros(16, 25).scatter_(1, labels, 1)[:, :24]
     of_real_images = F.binary_cross_entropy_with_logits(logits[:16], target)
     torch.testing.assert_close(d["aux_real"], of_real_images)
-    assert torch.equal(x, images[::4])  # a quarter of the real images
+    assert len(x) == 4 and torch.equal(x[:2], images[::8])  # an eighth of the real and generated images each
     pairs = F.softplus(fake - real).mean()
-    torch.testing.assert_close(d["d_loss"], pairs + 0.5 * d["r1"] + 3 * of_real_images)
+    torch.testing.assert_close(d["d_loss"], pairs + 0.5 * d["penalty"] + 3 * of_real_images)
     of_fake_images = F.binary_cross_entropy_with_logits(logits_g, target)
     torch.testing.assert_close(g["g_loss"], F.softplus(of_real - of_g).mean() + 3 * of_fake_images)
 
