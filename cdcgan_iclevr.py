@@ -13,7 +13,6 @@ Results, with commands and hardware: results/README.md.
 """
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -57,8 +56,7 @@ class Config(Settings):
 
 QUICK = dict(iters=5000, batch_size=32, lr_g=1e-3, lr_d=1e-3, halve_every=0, ch=32, ema=0.998, n_scenes=4000,
              d_cond="projection", d_norm="none", loss="paired", gamma=0.5, aux_weight=5.0, beta1=0.0,
-             beta2=0.99, log_every=50, sample_every=250, eval_every=1000, save_every=1000, judge_width=16,
-             judge_steps=1000)
+             beta2=0.99, log_every=50, sample_every=250, eval_every=1000, save_every=1000, judge_width=16)
 
 
 # ---------------------------------------------------------------------- networks
@@ -192,8 +190,9 @@ def main(run: Run) -> None:
     D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_cond, cfg.d_norm)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     ema = Average(G, cfg.ema)  # what is sampled and scored
-    adam = partial(torch.optim.Adam, betas=(cfg.beta1, cfg.beta2), fused=True)
-    opt_g, opt_d = adam(G.parameters(), cfg.lr_g), adam(D.parameters(), cfg.lr_d)
+    betas = cfg.beta1, cfg.beta2
+    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, betas, fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, betas, fused=True)
     run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
 
     title, requested = run.title(data, cfg.d_cond, f"ch {cfg.ch}"), data.tests["test"]

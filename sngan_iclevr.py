@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -60,8 +59,7 @@ class Config(Settings):
 
 QUICK = dict(iters=3600, batch_size=32, lr_g=1e-3, lr_d=1e-3, n_dis=1, ch=16, ema=0.998, n_scenes=4000,
              d_net="cnn", d_norm="none", label_embed="sum", loss="paired", gamma=0.5, aux_weight=5.0,
-             beta1=0.0, beta2=0.99, log_every=50, sample_every=200, eval_every=600, save_every=600,
-             judge_width=16, judge_steps=1000)
+             beta1=0.0, beta2=0.99, log_every=50, sample_every=200, eval_every=600, judge_width=16)
 
 
 # ---------------------------------------------------------------------- networks
@@ -211,12 +209,11 @@ class Discriminator(nn.Module):
 def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
            labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update D with real images [B, 3, S, S] and generated ones of the same labels [B, 3]."""
-    z = torch.randn(len(real), cfg.z_dim, device=real.device)
     penalty = torch.zeros((), device=real.device)
     with normed_once(D):
         with autocast():
             with torch.no_grad():
-                fake = G(z, labels)
+                fake = G(torch.randn(len(real), cfg.z_dim, device=real.device), labels)
             # D has no batch norm, so real and fake images share one pass
             scores, logits = D(noisy(torch.cat([real, fake]), cfg.add_noise), labels.repeat(2, 1))
         score_real, score_fake = scores.float().chunk(2)
@@ -236,9 +233,9 @@ def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
 def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
            labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update G; real images [B, 3, S, S] are needed by the losses that compare scores only."""
-    z = torch.randn(len(labels), cfg.z_dim, device=real.device)
     with frozen(D), normed_once(D), autocast():
-        score, logits = D(noisy(G(z, labels), cfg.add_noise), labels)
+        fake = G(torch.randn(len(real), cfg.z_dim, device=real.device), labels)
+        score, logits = D(noisy(fake, cfg.add_noise), labels)
         score_real = D(noisy(real, cfg.add_noise), labels)[0].float() if cfg.loss != "hinge" else None
     score, aux_fake = score.float(), losses.auxiliary(logits, labels)
     loss = losses.hinge_g(score) if cfg.loss == "hinge" else adversarial(cfg.loss, score, score_real)
@@ -279,8 +276,9 @@ def main(run: Run) -> None:
     D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_net, cfg.d_norm, cfg.label_embed)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     ema = Average(G, cfg.ema)  # what is sampled and scored
-    adam = partial(torch.optim.Adam, betas=(cfg.beta1, cfg.beta2), fused=True)
-    opt_g, opt_d = adam(G.parameters(), cfg.lr_g), adam(D.parameters(), cfg.lr_d)
+    betas = cfg.beta1, cfg.beta2
+    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, betas, fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, betas, fused=True)
     run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
 
     title, requested = run.title(data, f"ch {cfg.ch}"), data.tests["test"]
