@@ -283,8 +283,7 @@ def main(run: Run) -> None:
 
     title, requested = run.title(data, f"ch {cfg.ch}"), data.tests["test"]
     fixed = torch.randn(len(requested), cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
-    # best.pt is chosen by "val", label sets of training images: the test lists are for scores only
-    sets = {"val": data.validation_sets(), **data.tests}
+    sets = {"val": data.validation_sets(), **data.tests}  # "val", sets of training images, chooses best.pt
 
     def sample(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return ema(z.to(device), labels.to(device))
