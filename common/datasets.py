@@ -14,7 +14,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 from common.errors import UserError, reading
 from common.system import cached, digest_of
-from synthetic import digits, faces, rendered, scenes
+from synthetic import digits, faces, rendering, scenes
 
 
 @dataclass
@@ -91,7 +91,7 @@ def load_iclevr(cfg) -> Data:
     """
     source, size = pick_source(cfg.data, "data/iclevr"), cfg.image_size
     if source == "synthetic":
-        d = rendered(scenes, cfg.n_scenes, size, ("images", "labels", "scene"))
+        d = cached(*rendering(scenes, cfg.n_scenes, size, ("images", "labels", "scene")))
         ids = {name: i for i, name in enumerate(scenes.OBJECTS)}
         lists = json.loads(Path(scenes.__file__).with_name("iclevr_tests.json").read_text())
         tests = {name: torch.tensor([pad_ids(s, ids, name) for s in sets]) for name, sets in lists.items()}
@@ -158,7 +158,7 @@ def load_digits(cfg, image_size: int) -> Data:
             print(f"*** {error} ***\n*** using SYNTHETIC digits instead of MNIST ***")
             source = "synthetic"
     if source == "synthetic":
-        d = rendered(digits, n + n // 6 + 1, 28, ("images", "labels", "factors"))
+        d = cached(*rendering(digits, n + n // 6 + 1, 28, ("images", "labels", "factors")))
         sets = [(d["images"][part], d["labels"][part]) for part in (slice(n), slice(n, None))]
         factors, origin = {name: value[n:] for name, value in d["factors"].items()}, d["key"]
     else:
@@ -201,7 +201,7 @@ def load_faces(cfg) -> Data:
     """
     source, size, origin = pick_source(cfg.data, "data/celeba"), cfg.image_size, ""
     if source == "synthetic":
-        d = rendered(faces, cfg.n_synthetic, size, ("images", "labels"))
+        d = cached(*rendering(faces, cfg.n_synthetic, size, ("images", "labels")))
         name, known, images, pixels = "synthetic faces", faces.FACE_ATTRIBUTES, d["images"], d["digest"]
         columns = pick_columns(cfg.attributes, known, "the synthetic set")
         labels, origin = d["labels"][:, columns], d["key"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import sngan_iclevr as sngan
 from common import blocks
@@ -47,7 +48,7 @@ def test_spectral_norm_reaches_one_on_every_layer_of_d_but_the_joining_one():
 
 
 def test_initialisation_is_not_lost_under_spectral_norm():
-    block = sngan.DownBlock(16, 32, "spectral")
+    block = sngan.DownBlock(16, 32, spectral_norm)
     for conv, gain in ((block.conv1, math.sqrt(2)), (block.conv2, math.sqrt(2)), (block.shortcut, 1.0)):
         weight = conv.parametrizations.weight.original
         fan = (weight.shape[0] + weight.shape[1]) * weight.shape[2] ** 2
@@ -109,7 +110,7 @@ def test_up_block_is_the_paper_s_order_of_layers():
 
 @pytest.mark.parametrize("first", [False, True])
 def test_down_block_is_the_paper_s_order_of_layers(first):
-    block = sngan.DownBlock(3, 8, "spectral", first=first).eval()  # eval: no power iteration
+    block = sngan.DownBlock(3, 8, spectral_norm, first=first).eval()  # eval: no power iteration
     x = torch.randn(2, 3, 8, 8)
     h = block.conv2(F.leaky_relu(block.conv1(x if first else F.leaky_relu(x, 0.01)), 0.01))
     expected = F.avg_pool2d(h, 2) + F.avg_pool2d(block.shortcut(x), 2)

@@ -7,7 +7,7 @@ from benchmarks import recipes
 from common.errors import UserError
 
 TINY = ("--data synthetic --device cpu --n-scenes 24 --image-size 32 --ch 2 --batch-size 8 --judge-width 8 "
-        "--judge-steps 1 --eval-draws 1 --sample-every 0")
+        "--judge-steps 1 --eval-draws 1 --sample-every 0 --log-every 20")
 
 
 def call(monkeypatch, arguments: str) -> None:
