@@ -44,8 +44,8 @@ class Config(Settings):
     pairs: int = 5  # pairs of z in the interpolation grids
 
 
-QUICK = dict(iters=1500, batch_size=64, log_every=50, sample_every=100, eval_every=500, save_every=500,
-             judge_steps=1000, eval_images=2000)
+QUICK = dict(iters=1500, batch_size=64, lr_g=1e-3, lr_d=5e-4, ema=0.99, log_every=50, sample_every=100,
+             eval_every=500, save_every=500, judge_steps=1000, eval_images=2000)
 
 
 # ---------------------------------------------------------------------- networks
