@@ -134,6 +134,9 @@ def blocks() -> dict[Path, dict[str, str]]:
             links = f"[a strip of each]({name}.png), [all figures]({name}.json)"
             found[f"<!-- {name} -->"] = (f"`python {k['command']}` on {k['what']}; {hardware(k)} a run "
                                          f"({links}):\n\n{markdown(k['rows'])}")
+        if "scripts" in k:
+            about = f"`python {k['command']}` ({hardware(k)}; [figures]({name}.json))"
+            found[f"<!-- {name} -->"] = f"{about}:\n\n{speed(k['scripts'])}"
         if "recipes" in k:
             about = f"`python {k['command']}` ({hardware(k)} a run; [all figures]({name}.json))"
             found[f"<!-- {name} -->"] = f"{about}:\n\n{recipes.markdown(k['recipes'])}"
@@ -153,6 +156,15 @@ def script_rows(kept: dict[str, dict]) -> list[str]:
                  f"{minutes(k)}, {hardware(k)}", write_up]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def speed(scripts: dict[str, dict[str, float]]) -> str:
+    """Seconds an iteration takes, and ratios: a line for each script."""
+    columns = list(next(iter(scripts.values())))
+    lines = [f"| seconds an iteration | {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{value:.3g}' for value in row.values())} |"
+              for name, row in scripts.items()]
+    return "\n".join(lines)
 
 
 def sweep_table(name: str, kept: dict) -> str:
