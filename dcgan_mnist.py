@@ -158,7 +158,6 @@ def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = load_digits(cfg, 32)
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
-    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
 
     torch.manual_seed(cfg.seed)
     G, D = Generator(cfg.net, cfg.latent_dim, cfg.hidden_dim), Discriminator(cfg.net, cfg.hidden_dim)
@@ -167,6 +166,8 @@ def main(run: Run) -> None:
     opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, betas=(0.5, 0.999), fused=True)
     opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, betas=(0.5, 0.999), fused=True)
     run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
+    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
+    inception = evaluator.get_inception(cfg.fid_weights, device) if judge else None
 
     title = run.title(data, cfg.net, f"latent {cfg.latent_dim}", f"hidden {cfg.hidden_dim}")
     fixed = torch.randn(64, cfg.latent_dim, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
@@ -194,7 +195,6 @@ def main(run: Run) -> None:
     # the scores of both checkpoints; summary and pictures are of last.pt
     options = dict(n=cfg.eval_images, draws=cfg.eval_draws, seed=cfg.seed + 1)
     if judge:  # other z than best.pt was chosen with
-        inception = evaluator.get_inception(cfg.fid_weights, device)
         test = judge.moments(data.test_images)
         scores = {"training images": evaluator.score(data.training_sample, judge, real=test, **options)}
     for name, step in run.checkpoints("best", "last"):

@@ -183,7 +183,8 @@ def train_judge(data: Data, width: int, steps: int, device: torch.device) -> nn.
         net = kind.net(len(data.classes), width).to(device)
         images, target = images.to(device), kind.target(labels, data).to(device)
         opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=2e-3, total_steps=steps, pct_start=0.2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=2e-3, total_steps=max(steps, 10),
+                                                       pct_start=0.2)  # which can't be 1 step
         head, net.fc = net.fc, net.fc[0]  # trained on logits
         start, total, order = time.monotonic(), torch.zeros((), device=device), torch.randperm(0)
         for step in range(1, steps + 1):

@@ -246,7 +246,6 @@ def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = load_digits(cfg, cfg.image_size)
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
-    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
 
     torch.manual_seed(cfg.seed)
     features = widths(cfg.ch, cfg.image_size)[-1]
@@ -259,6 +258,8 @@ def main(run: Run) -> None:
     opt_g = torch.optim.Adam([*G.parameters(), *Q.parameters()], cfg.lr_g, betas=(0.5, 0.999), fused=True)
     opt_d = torch.optim.Adam([*body.parameters(), *D.parameters()], cfg.lr_d, betas=(0.5, 0.999), fused=True)
     run.track(data, G=G, body=body, D=D, Q=Q, ema=ema, opt_g=opt_g, opt_d=opt_d)
+    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
+    inception = evaluator.get_inception(cfg.fid_weights, device) if judge else None
 
     title = run.title(data, f"ch {cfg.ch}")
     fixed = grid_codes(cfg, torch.Generator().manual_seed(cfg.seed), 10, None)
@@ -296,7 +297,7 @@ def main(run: Run) -> None:
     # the scores of both checkpoints, with other z than best.pt was chosen with
     scores, n, draws = {}, cfg.eval_images, dict(draws=cfg.eval_draws, seed=cfg.seed + 1)
     if judge:
-        inception, test = evaluator.get_inception(cfg.fid_weights, device), judge.moments(data.test_images)
+        test = judge.moments(data.test_images)
     for name, step in run.checkpoints("best", "last"):  # summary and pictures are of last.pt
         if judge:
             row = {"step": step} | evaluator.score(sample, judge, n, real=test, **draws)

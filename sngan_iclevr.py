@@ -269,7 +269,6 @@ def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = load_iclevr(cfg)
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
-    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
 
     torch.manual_seed(cfg.seed)
     G = Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size)
@@ -280,6 +279,7 @@ def main(run: Run) -> None:
     opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, betas, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, betas, fused=True)
     run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
+    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
 
     title, requested = run.title(data, f"ch {cfg.ch}"), data.tests["test"]
     fixed = torch.randn(len(requested), cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))

@@ -192,12 +192,13 @@ def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = load_faces(cfg)
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
-    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
 
     torch.manual_seed(cfg.seed)
     vae = VAE(cfg.z_dim, cfg.ch, cfg.image_size).to(device, memory_format=torch.channels_last)
     opt = torch.optim.Adam(vae.parameters(), cfg.lr, betas=(0.5, 0.9), fused=True)
     run.track(data, vae=vae, opt=opt)
+    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
+    inception = evaluator.get_inception(cfg.fid_weights, device) if judge else None
 
     title = run.title(data, f"ch {cfg.ch}")
     fixed = torch.randn(16, cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
@@ -226,7 +227,7 @@ def main(run: Run) -> None:
     vae.eval()
     options, scores = dict(n=cfg.eval_images, draws=cfg.eval_draws, seed=cfg.seed + 1), {}
     if judge:
-        inception, test = evaluator.get_inception(cfg.fid_weights, device), judge.moments(data.test_images)
+        test = judge.moments(data.test_images)
     for name, step in run.checkpoints("last", "best"):  # summary and pictures are of best.pt
         if judge:
             row = {"step": step} | evaluator.score(sample, judge, real=test, **options)

@@ -3,7 +3,6 @@ import argparse
 import dataclasses
 import inspect
 import json
-import math
 import re
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,8 +11,11 @@ from common.errors import UserError, reading
 
 ACTIONS = {"resume": "continue", "sample": "save pictures of", "eval": "score"}
 # the fields that --resume may change, and those that --sample and --eval may
-FREE_ON_RESUME = "iters log_every sample_every eval_every save_every".split()
-FREE_ON_USE = "device precision judge seed eval_draws eval_images fid_weights pairs category".split()
+FREE_ON_RESUME = ("iters lr lr_g lr_d log_every sample_every eval_every save_every "
+                  "device precision deterministic data").split()
+FREE_ON_USE = "device precision data judge seed eval_draws eval_images fid_weights pairs category".split()
+LEAST = dict(batch_size=2, eval_images=2, judge_width=4)  # counts whose least is not 1
+LARGEST = 10**9  # nothing needs more, and a seed of 10¹³ would overflow
 
 
 @dataclasses.dataclass
@@ -33,12 +35,14 @@ class Settings:
     judge_steps: int = 5000  # its training steps
 
     def __post_init__(self):
-        """Check ranges: counts are at least 1 (*_every: 0), other numbers at least 0, averages below 1."""
+        """Check types and ranges: counts are at least 1 or as LEAST says (*_every: 0), other numbers 0."""
         for name, kind, default in ((f.name, f.type, f.default) for f in dataclasses.fields(self)):
-            value = getattr(self, name)
-            least = int(kind is int and default > 0 and not name.endswith("_every"))
-            if kind in (int, float) and not least <= value < math.inf:
-                raise UserError(f"{flag(name)} {value}: must be at least {least}")
+            value, choices = getattr(self, name), get_args(kind)
+            if value not in choices if choices else not isinstance(value, (int, kind)[kind is not float:]):
+                raise UserError(f"{flag(name)} {value!r}: must be {choices or kind.__name__}")
+            least = LEAST.get(name, int(kind is int and default > 0 and not name.endswith("_every")))
+            if kind in (int, float) and not least <= value <= LARGEST:
+                raise UserError(f"{flag(name)} {value}: must be at least {least} and at most {LARGEST:,}")
             if name in ("ema", "beta1", "beta2", "flip_labels") and value >= 1:
                 raise UserError(f"{flag(name)} {value}: must be below 1")
 
@@ -57,13 +61,15 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(Config: type[Settings], quick: dict, description: str, argv: list[str] | None = None):
+def parse(Config: type[Settings], quick: dict, description: str, argv: list[str] | None = None,
+          script: Path | None = None):
     """Read the command line into (action, config, folder); raises UserError for anything that does not fit.
 
     action is "train", "resume", "sample" or "eval"; folder is the run that the last three name, else None.
-    quick: the values that --quick presets.
+    quick: the values that --quick presets. script: the file with Config, if Python can't tell.
     """
-    source = "".join(map(inspect.getsource, (Config, Settings)))
+    script = script or Path(inspect.getfile(Config))
+    source = "".join(path.read_text(encoding="utf-8") for path in (script, Path(__file__)))
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", source, re.M))
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     preset = ", ".join(f"{name} {value}" for name, value in quick.items())
@@ -89,17 +95,18 @@ def parse(Config: type[Settings], quick: dict, description: str, argv: list[str]
     folder = Path(given.pop(action))
     if use_quick:
         raise UserError(f"--quick is for a new run; {folder} has its own settings")
-    cfg = stored_config(Config, folder, given, FREE_ON_RESUME if action == "resume" else FREE_ON_USE)
+    free = FREE_ON_RESUME if action == "resume" else FREE_ON_USE
+    cfg = stored_config(Config, folder, script.name, given, free)
     if action == "eval" and cfg.judge == "none":
         raise UserError("--eval needs a judge: use --judge auto, or name a checkpoint")
     return action, cfg, folder
 
 
-def stored_config(Config: type[Settings], folder: Path, given: dict, free: list[str]):
+def stored_config(Config: type[Settings], folder: Path, script: str, given: dict, free: list[str]):
     """The config of the run in `folder` with the given values, which may differ only in the `free` fields."""
-    path, script = folder / "config.json", Path(inspect.getfile(Config)).name
+    path = folder / "config.json"
     with reading(path, f"in the folder of a run, written by {script}"):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         made_by, values = content["script"], dict(content["config"])
     if made_by != script:
         raise UserError(f"{folder} is a run of {made_by}, not of {script}: call that script")

@@ -1,5 +1,7 @@
 """Errors that a user sees as one line, and the exit status of a script."""
 import contextlib
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +21,37 @@ class Stopped(KeyboardInterrupt):
 
 def exit_status(main: Callable[[], int | None]) -> int:
     """Call main; its exit status, with errors and stops as one line."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream that can't, such as a notebook's
+            stream.reconfigure(errors="replace")  # a character that the encoding lacks must not end a run
+    try:
+        status = _call(main)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output is gone, and would be missed again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as if by SIGPIPE
+
+
+def _call(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
-    except (UserError, NotFinite) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3 if isinstance(error, NotFinite) else 2
     except Stopped as stopped:
         print(f"\n{stopped.args[0]}")
         return 128 + stopped.args[1]
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        raise
+    except (UserError, NotFinite, OSError) as error:  # OSError: a full disk, a folder that is gone, …
+        print(f"error: {error}", file=sys.stderr)
+        return 3 if isinstance(error, NotFinite) else 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+            raise
+        reason = str(error).strip().split("\n")[0][:120]
+        print(f"error: not enough memory ({reason}): use a smaller batch, width or image", file=sys.stderr)
+        return 2
 
 
 @contextlib.contextmanager

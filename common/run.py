@@ -5,34 +5,40 @@ score where due, then goes through checkpoints: one path for training, --resume,
 """
 import contextlib
 import csv
-import inspect
 import json
 import math
+import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
+from common import system
 from common.cli import Settings, parse
 from common.datasets import Data
 from common.errors import NotFinite, Stopped, UserError, exit_status, reading
 from common.pictures import save_curves, save_gif, save_grid
-from common.system import circumstances, free_folder, hardware, pick_device, pick_precision, write_whole
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-KEPT = "last.pt keeps the last good state; try a lower learning rate"
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+ZERO = 1e-3  # a loss below it is as good as zero
+SAME = 0.02  # images in [-1, 1] whose pixels' mean standard deviation is below it are nearly the same
+PICTURES = f"step_{'[0-9]' * 7}.png"  # others in samples/ are not ours
 
 
 def launch(main: Callable[["Run"], None], Config: type[Settings], quick: dict) -> None:
     """Call main(run) as the command line says, and leave with exit_status's status."""
+    script = Path(main.__code__.co_filename)  # as the module __main__ may be a profiler
+
     def call() -> None:
-        action, cfg, folder = parse(Config, quick, inspect.getmodule(main).__doc__)
-        with Run(cfg, Path(inspect.getfile(Config)), action, folder) as run:
+        action, cfg, folder = parse(Config, quick, main.__globals__["__doc__"], script=script)
+        with Run(cfg, script, action, folder) as run:
             main(run)
     sys.exit(exit_status(call))
 
@@ -45,14 +51,17 @@ class Run:
         self.trains = action in ("train", "resume")
         self.wants_pictures, self.wants_scores = action != "eval", action != "sample"
         self.step, self.best, self.means, self.row, self.writer = 0, -math.inf, {}, {}, None
-        self.looping, self.signal = False, None
+        self.looping, self.signal, self.warned, self.idle = False, None, set(), 0
         if action == "train" and cfg.out:
-            free_folder(cfg.out, "")  # an error now, not after the judge's training
-        stored = json.loads((folder / "config.json").read_text()) if folder else {"config": vars(cfg)}
-        self.trained_seed, self.sittings = stored["config"]["seed"], stored.get("sittings", [])
-        self.device = pick_device(cfg.device, cfg.deterministic)
-        cfg.precision = pick_precision(cfg.precision, self.device)
-        print(f"device: {self.device} ({hardware(self.device)}), {cfg.precision}")
+            system.free_folder(cfg.out, "")  # an error now, not after the judge's training
+        self.trained_seed, self.sittings = cfg.seed, []
+        if folder:
+            with reading(folder / "config.json", "the settings of a run"):
+                stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                self.trained_seed, self.sittings = stored["config"]["seed"], list(stored["sittings"])
+        self.device = system.pick_device(cfg.device, cfg.deterministic)
+        cfg.precision = system.pick_precision(cfg.precision, self.device)
+        print(f"device: {self.device} ({system.hardware(self.device)}), {cfg.precision}")
 
     def title(self, data: Data, *parts: str) -> str:
         """What every picture of the run says: script, data, `parts`, the seed of the training."""
@@ -65,38 +74,62 @@ class Run:
     # ------------------------------------------------------------------ checkpoints
 
     def track(self, data: Data, **tracked) -> None:
-        """Say what a checkpoint holds: things with a state_dict. When resuming, load last.pt into them."""
+        """Say what a checkpoint holds: things with a state_dict. When resuming, load the newest into them.
+
+        A damaged last.pt is passed over for the one before it. Without any, training starts anew.
+        """
         self.data, self.tracked, self.cfg.data = data, tracked, data.source
-        if self.action == "resume" and (self.folder / "last.pt").exists():
-            state = self.load("last")
-            if state["data"] != data.digest:
-                raise UserError(f"{self.cfg.data} no longer holds the images of {self.folder}: restore them")
-            self.step, self.best, self.means = state["step"], state["best"], state["means"]
-            torch.set_rng_state(state["rng"]["cpu"].cpu())
-            if "cuda" in state["rng"] and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
+        if self.action != "resume":
+            return
+        names = [name for name in ("last", "previous", "best") if (self.folder / f"{name}.pt").exists()]
+        if not names:
+            print(f"*** {self.folder} has no checkpoint yet: training starts anew ***")
+            return
+        for name in names:
+            try:
+                state = self.load(name)
+                break
+            except UserError as error:
+                if name == names[-1]:
+                    raise
+                print(f"*** {error}. Resuming from an older checkpoint ***")
+        if state["step"] > self.cfg.iters:
+            raise UserError(f"--iters {self.cfg.iters}: {self.folder} is already at {state['step']}")
+        self.step, self.best, self.means = state["step"], state["best"], state["means"]
+        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        if "cuda" in state["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
 
     def save(self, name: str) -> None:
-        """Write NAME.pt; raises NotFinite, and keeps the old file, if a weight is not finite."""
+        """Write NAME.pt; raises NotFinite, and keeps the old file, if a value in it is not finite."""
         state = {key: thing.state_dict() for key, thing in self.tracked.items()}
         for key, values in state.items():
-            for weight, x in values.items():
-                if isinstance(x, torch.Tensor) and not x.isfinite().all():
-                    raise NotFinite(f"{key}.{weight} is not finite at step {self.step}. {KEPT}")
+            for path, x in tensors(values):
+                if not x.isfinite().all():
+                    raise NotFinite(f"{key}{path} is not finite at step {self.step}. {self._kept()}")
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         state |= dict(step=self.step, best=self.best, means=self.means, data=self.data.digest, rng=rng,
                       config=vars(self.cfg))
-        write_whole(self.folder / f"{name}.pt", lambda p: torch.save(state, p))
+        previous = self.folder / "previous.pt" if name == "last" else None
+        system.write_whole(self.folder / f"{name}.pt", lambda p: torch.save(state, p), previous)
 
     def load(self, name: str) -> dict:
-        """Put the state in NAME.pt back into everything tracked; returns all of it."""
+        """Put the state in NAME.pt back into everything tracked, except learning rates; returns all of it."""
         path = self.folder / f"{name}.pt"
         with reading(path, "a checkpoint of this run"):
+            if damaged := ZipFile(path).testzip():  # torch.load does not check the sums
+                raise ValueError(f"{damaged} is damaged")
             state = torch.load(path, map_location=self.device, weights_only=True)
             for key, thing in self.tracked.items():
+                rates = [group["lr"] for group in getattr(thing, "param_groups", ())]
                 thing.load_state_dict(state[key])
+                for group, rate in zip(getattr(thing, "param_groups", ()), rates, strict=True):
+                    group["lr"] = rate  # as config.json has it now
+        if state["data"] != self.data.digest:
+            raise UserError(f"{self.cfg.data} does not hold the images that {self.folder} was trained on: "
+                            "restore them, or name their new place with --data")
         return state
 
     def checkpoints(self, *names: str) -> Iterator[tuple[str, int]]:
@@ -115,25 +148,30 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The numbers of the iterations to make, none for --sample and --eval; logs and saves where due.
 
-        Raises Stopped after Ctrl-C or SIGTERM, and NotFinite for a loss that is not finite.
+        Raises Stopped after a signal, and NotFinite for a loss that is not finite.
         """
         if not self.trains:
             return
-        self._open()
-        self.looping = True
-        for step in range(self.step + 1, self.cfg.iters + 1):
-            self.step = step
-            yield step
-            stop = self.signal is not None
-            if self.row or self.due("log"):
-                self._log()
-            if stop or self.due("save") or self.step == self.cfg.iters:
-                self.save("last")
-            if stop:
-                break
-        self.looping = False
-        save_gif(self.folder / "progress.gif", sorted((self.folder / "samples").glob("step_*.png")))
-        save_curves(self.rows, self.folder / "curves.png", self.title(self.data))
+        name = self.script.stem + ("-synthetic" if self.data.source == "synthetic" else "")
+        self.folder = self.folder or system.free_folder(self.cfg.out, name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with system.locked(self.folder):
+            self._open()
+            self.looping = True
+            for step in range(self.step + 1, self.cfg.iters + 1):
+                self.step, self.is_best = step, False
+                yield step
+                stop = self.signal is not None
+                if self.row or self.due("log"):
+                    self._log()
+                if self.is_best:
+                    self.save("best")
+                if stop or self.due("save") or self.step == self.cfg.iters:
+                    self.save("last")
+                if stop:
+                    break
+            self.looping = False
+            self._finish_pictures()
         if self.signal is not None:
             command = f"{self.script.name} --resume {self.folder}"
             raise Stopped(f"stopped at step {self.step}; to continue: {command}", self.signal)
@@ -151,14 +189,15 @@ class Run:
             self.means[name] = total + value.detach(), n + 1
 
     def score(self, best: float, **columns: float) -> None:
-        """Add scores to this step's row of metrics.csv; save best.pt if `best` is the highest so far."""
+        """Add scores to this step's row of metrics.csv, and save best.pt if `best` is the highest so far."""
         self.row |= columns
-        if best > self.best:
-            self.best = best
-            self.save("best")
+        self.is_best = best > self.best
+        self.best = max(self.best, best)
 
     def picture(self, images: torch.Tensor, title: str, **grid) -> None:
         """Write samples/step_0000500.png, with images and grid as save_grid takes them."""
+        if len(images) > 1 and images.std(0).mean() < SAME:
+            self._warn("the generated images hardly differ from one another: G may have collapsed")
         path = self.folder / "samples" / f"step_{self.step:07}.png"
         picture = save_grid(path, images, f"{title}, step {self.step}", **grid)
         if self.writer:
@@ -166,38 +205,39 @@ class Run:
 
     def write_scores(self, scores: dict) -> None:
         """Write scores.json, the mark of a finished run."""
-        text = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
-        write_whole(self.folder / "scores.json", lambda p: p.write_text(text, encoding="utf-8"))
+        self._write_json("scores", scores)
 
     # ------------------------------------------------------------------ the folder
 
     def _open(self) -> None:
-        """Make the folder, or cut an existing one back to the step resumed from; write config.json."""
-        name = self.script.stem + ("-synthetic" if self.data.source == "synthetic" else "")
-        self.folder = self.folder or free_folder(self.cfg.out, name)
-        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        (self.folder / "scores.json").unlink(missing_ok=True)
-        for path in self.folder.rglob(".*.*.*"):  # half written when a run was killed
-            path.unlink()
-        for path in (self.folder / "samples").glob("step_*.png"):
-            if int(path.stem[5:]) > self.step:
-                path.unlink()
+        """Fill the new folder, or cut an existing one back to the step resumed from; write config.json."""
+        (self.folder / "samples").mkdir(exist_ok=True)
         self.table, self.rows = self.folder / "metrics.csv", []
         if self.table.exists():
-            with open(self.table, newline="") as f:
+            with reading(self.table, "the table of this run: repair it"), open(self.table, newline="") as f:
                 complete = (row for row in csv.DictReader(f) if None not in row.values())
                 self.rows = [row for row in complete if int(row["step"]) <= self.step]
+        (self.folder / "scores.json").unlink(missing_ok=True)
+        for path in self.folder.rglob(f"{system.TEMPORARY}*"):  # half written when a run was killed
+            path.unlink()
+        for path in (self.folder / "samples").glob(PICTURES):
+            if int(path.stem[5:]) > self.step:
+                path.unlink()
         self._write_table()
         self.sittings.append({"from_step": self.step, "command": " ".join([self.script.name, *sys.argv[1:]]),
-                              **circumstances(self.device)})
+                              **system.circumstances(self.device)})
         content = {"script": self.script.name, "config": vars(self.cfg), "sittings": self.sittings}
-        write_whole(self.folder / "config.json", lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
-        with contextlib.suppress(ImportError):  # TensorBoard is optional
+        self._write_json("config", content)
+        with contextlib.suppress(Exception):  # TensorBoard is optional, and may be broken in any way
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step)
         print(f"run: {self.folder}")
         before = float(self.rows[-1]["seconds"]) if self.rows else 0.0  # trained in earlier sittings
         self.mark, self.started = (time.monotonic(), self.step), time.monotonic() - before
+
+    def _write_json(self, name: str, content: dict) -> None:
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        system.write_whole(self.folder / f"{name}.json", lambda p: p.write_text(text, encoding="utf-8"))
 
     def _write_table(self) -> None:
         """Write all of metrics.csv, with the columns that the rows have by now."""
@@ -208,7 +248,7 @@ class Run:
                 table = csv.DictWriter(f, self.columns)
                 table.writeheader()
                 table.writerows(self.rows)
-        write_whole(self.table, write)
+        system.write_whole(self.table, write)
 
     def _log(self) -> None:
         """One row of metrics.csv: this step's scores and, if due, the losses' means. The status line, too."""
@@ -217,6 +257,9 @@ class Run:
             values = torch.stack([total / n for total, n in self.means.values()]).tolist()
             means, self.means = dict(zip(self.means, values, strict=True)), {}
             self._status(means)
+            self.idle = self.idle + 1 if abs(means.get("d_loss", 1)) < ZERO else 0
+            if self.idle == 10:
+                self._warn("D's loss has been zero for ten rows of metrics.csv: G may no longer learn")
         found, self.row = means | self.row, {}
         row = {"step": self.step, "seconds": round(time.monotonic() - self.started, 3)}
         row |= {name: f"{value:.6g}" for name, value in found.items()}
@@ -230,7 +273,7 @@ class Run:
             if self.writer:
                 self.writer.add_scalar(name, value, self.step)
             if not math.isfinite(value):
-                raise NotFinite(f"{name} is {value} at step {self.step}. {KEPT}")
+                raise NotFinite(f"{name} is {value} at step {self.step}. {self._kept()}")
 
     def _status(self, means: dict[str, float]) -> None:
         """One status line: rewritten in place on a terminal, a line of its own elsewhere."""
@@ -240,17 +283,57 @@ class Run:
         values = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
         line = f"step {self.step}/{iters}  {values}  {rate:.2f} it/s  {left} left"
         terminal = sys.stdout.isatty()
-        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and left else "\n", flush=True)
+        if terminal:
+            line = f"\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K"
+        self._say(line, "" if terminal and left else "\n")
+
+    def _say(self, line: str, end: str = "\n") -> None:
+        """Print within the loop, where a closed pipe must stop the run only after its state is saved."""
+        try:
+            print(line, end=end, flush=True)
+        except BrokenPipeError:
+            self.signal = self.signal or 13  # SIGPIPE
+
+    def _warn(self, what: str) -> None:
+        """Print a warning, once."""
+        if what not in self.warned:
+            self.warned.add(what)
+            self._say(f"\n*** step {self.step}: {what} ***")
+
+    def _kept(self) -> str:
+        """What to do about values that are not finite."""
+        if (self.folder / "last.pt").exists():
+            return f"last.pt keeps the last good state: try --resume {self.folder} with a lower learning rate"
+        return "There is no checkpoint yet: try a lower learning rate"
+
+    def _finish_pictures(self) -> None:
+        """The GIF and the curves; whatever is wrong with a picture or with matplotlib ends no run."""
+        try:
+            save_gif(self.folder / "progress.gif", sorted((self.folder / "samples").glob(PICTURES)))
+            save_curves(self.rows, self.folder / "curves.png", self.title(self.data))
+        except Exception as error:
+            print(f"no progress.gif or no curves.png: {type(error).__name__}: {error}")
 
     def __enter__(self):
-        """Ctrl-C and SIGTERM stop the loop after its iteration; a second one, or outside of it, at once."""
+        """A signal stops the loop after its iteration; a second one, or one outside of the loop, at once."""
         def stop(signum, _frame):
             if self.signal is not None or not self.looping:
                 raise Stopped("stopped", signum)
             self.signal = signum
+            with contextlib.suppress(OSError):  # not print, which may be what was interrupted
+                os.write(2, b"\nsaving after this step; once more to stop at once\n")
         self.old_handlers = {s: signal.signal(s, stop) for s in SIGNALS}
         return self
 
     def __exit__(self, *_):
         for s, handler in self.old_handlers.items():
             signal.signal(s, handler)
+
+
+def tensors(values, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors within nested dicts and lists, each with its path, such as ".state.0.exp_avg"."""
+    if isinstance(values, torch.Tensor):
+        yield path, values
+    elif isinstance(values, (dict, list)):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from tensors(value, f"{path}.{key}")

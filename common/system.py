@@ -65,16 +65,41 @@ def circumstances(device: torch.device) -> dict[str, str]:
     return {"commit": commit, "hardware": hardware(device), "torch": str(torch.__version__)}
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a temporary file, sync it, rename it: `path` is either complete or unchanged."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+TEMPORARY = ".writing-"  # how the names of unfinished files begin: no others are ever removed
+
+
+def write_whole(path: Path, write: Callable[[Path], None], previous: Path | None = None) -> None:
+    """Have `write` fill a temporary file, sync it, rename it: `path` is either complete or unchanged.
+
+    previous: where the file that `path` was until now is kept. Raises OSError if anything is impossible.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         write(temporary)
-        with open(temporary, "rb") as f:
+        with open(temporary, "r+b") as f:  # Windows syncs only files that are open for writing
             os.fsync(f.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's
+        raise OSError(f"{path} can't be written, is the disk full? ({str(error)[:80]})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Within, the folder is this process's own; UserError if it is another's. Windows lacks such locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):
+            import fcntl
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder} is in use: another process is training there") from None
+        yield
 
 
 def free_folder(out: str, name: str) -> Path:
@@ -108,6 +133,6 @@ def cached(path: Path, key, make: Callable[[], dict]) -> dict:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda p: torch.save(made, p))
-    except OSError as error:
+    except OSError as error:  # a folder that is read-only or full
         print(f"no cache written: {error}")
     return made

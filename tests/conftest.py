@@ -71,7 +71,7 @@ def run_here(name: str, action: str = "train", folder: str | Path | None = None,
         cfg = module.Config(**TINY[name] | fields)
     else:
         free = FREE_ON_RESUME if action == "resume" else FREE_ON_USE
-        cfg = stored_config(module.Config, Path(folder), fields, free)
+        cfg = stored_config(module.Config, Path(folder), f"{name}.py", fields, free)
     with Run(cfg, Path(module.__file__), action, Path(folder) if folder else None) as run:
         module.main(run)
     return run.folder

@@ -2,6 +2,7 @@
 import json
 import math
 import signal
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,7 +80,7 @@ def test_resume_takes_the_stored_config_and_longer_iters(tmp_path):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--resume", "a", "--lr", "0.5"], "--lr is 0.25 there, 0.5 here.*only --iters, .*may change"),
+    (["--resume", "a", "--ema", "0.5"], "--ema is 0.0 there, 0.5 here.*only --iters, .*may change"),
     (["--resume", "a", "--no-trick", "--loss", "b"], "--trick is True there.*--loss is 'a' there"),
     (["--eval", "a", "--iters", "11"], "--iters is 10 there"), (["--resume", "a", "--quick"], "a new run"),
     (["--resume", "a", "--iters", "0"], "--iters 0"), (["--eval", "a", "--judge", "none"], "needs a judge"),
@@ -100,11 +101,22 @@ def test_refused_uses_of_a_run(tmp_path, argv, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("field, value", [("iters", "10"), ("iters", None), ("lr", "a"), ("loss", "c"),
+                                          ("trick", 1), ("ema", 10**9), ("judge", 3)])
+def test_an_edited_config_is_checked_as_flags_are(tmp_path, field, value):
+    with pytest.raises(UserError, match=f"--{field} .*: must be"):
+        call("--resume", stored(tmp_path / "a", **{field: value}))
+
+
 # ---------------------------------------------------------------------- errors and files
 
 @pytest.mark.parametrize("raised, status, text", [
     (UserError("what, where"), 2, "error: what, where\n"), (NotFinite("g is nan"), 3, "error: g is nan\n"),
     (Stopped("stopped", signal.SIGTERM), 143, "\nstopped\n"), (KeyboardInterrupt(), 130, ""), (None, 0, ""),
+    (OSError(28, "No space left on device", "r/metrics.csv"), 2,
+     "error: [Errno 28] No space left on device: 'r/metrics.csv'\n"),
+    (RuntimeError("CUDA out of memory. Tried\n x"), 2,
+     "error: not enough memory (CUDA out of memory. Tried): use a smaller batch, width or image\n"),
 ])
 def test_exit_status(capsys, raised, status, text):
     def main():
@@ -136,6 +148,13 @@ def test_a_file_is_complete_or_unchanged(tmp_path):
         system.write_whole(path, half)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
+    def full(_):
+        raise RuntimeError("PytorchStreamWriter failed")
+    with pytest.raises(OSError, match="x.txt can't be written, is the disk full. .PytorchStreamWriter"):
+        system.write_whole(path, full)
+    system.write_whole(path, lambda p: p.write_text("new"), tmp_path / "previous.txt")
+    assert path.read_text() == "new" and (tmp_path / "previous.txt").read_text() == "old"
+
 
 def test_an_existing_folder_is_never_overwritten(tmp_path):
     names = []
@@ -154,17 +173,17 @@ def test_an_existing_folder_is_never_overwritten(tmp_path):
 
 # ---------------------------------------------------------------------- runs
 
-def new_run(tmp_path, action="train", **changes) -> run.Run:
+def new_run(tmp_path, action="train", digest="digest", **changes) -> run.Run:
     folder = tmp_path / "r"
     cfg = Small(**dict(out=str(folder)) | changes)
     if action != "train":
-        cfg = stored_config(Small, folder, changes, tuple(changes))
+        cfg = stored_config(Small, folder, SCRIPT.name, changes, tuple(changes))
     r = run.Run(cfg, SCRIPT, action, folder if action != "train" else None)
     torch.manual_seed(0)
     r.G = nn.Linear(2, 2)
-    r.opt = torch.optim.Adam(r.G.parameters(), 0.1)
+    r.opt = torch.optim.Adam(r.G.parameters(), cfg.lr)
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-    r.track(Data("MNIST", "digits", "mnist", images, torch.zeros(4), (), "digest"), G=r.G, opt=r.opt)
+    r.track(Data("MNIST", "digits", "mnist", images, torch.zeros(4), (), digest), G=r.G, opt=r.opt)
     return r
 
 
@@ -176,7 +195,7 @@ def train(r, scores=(), until=None):
         if step in scores:
             r.score(best=scores[step], accuracy=scores[step])
         if r.due("sample"):
-            r.picture(torch.full((2, 1, 8, 8), step / 10), r.title(r.data))
+            r.picture(torch.tensor([-1, step / 10]).view(2, 1, 1, 1).expand(2, 1, 8, 8), r.title(r.data))
         if step == until:
             raise InterruptedError
     return r
@@ -198,7 +217,7 @@ def test_rows_and_pictures_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     with pytest.raises(InterruptedError):
         train(new_run(tmp_path, iters=20), scores={4: 0.5, 12: 0.6}, until=14)
     folder = tmp_path / "r"
-    for name in (".last.123.pt", "samples/.step_0000010.123.png"):  # what SIGKILL leaves
+    for name in (".writing-123-last.pt", "samples/.writing-9-step_0000010.png"):  # what SIGKILL leaves
         (folder / name).write_bytes(b"half")
     (folder / "scores.json").write_text("{}")  # of an earlier end
     with open(folder / "metrics.csv", "a") as table:
@@ -223,7 +242,7 @@ def test_precision_auto_is_bf16_where_the_hardware_has_it_and_is_kept(tmp_path, 
     assert system.pick_precision("bf16", cpu) == "bf16" and "only emulates it" in capsys.readouterr().out
     r = train(new_run(tmp_path))
     monkeypatch.setattr(system, "cpuinfo", lambda _: "avx512_bf16")
-    assert stored_config(Small, r.folder, {}, ()).precision == "fp32"
+    assert stored_config(Small, r.folder, SCRIPT.name, {}, ()).precision == "fp32"
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -244,16 +263,114 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_its_row_says_so(tmp_path):
     assert math.isnan(rows_of(r.folder)[-1]["d_loss"]) and not (r.folder / "last.pt").exists()
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    r = train(new_run(tmp_path))
-    path = r.folder / "last.pt"
-    for damage in (path.read_bytes()[:500], b""):
-        path.write_bytes(damage)
-        with pytest.raises(UserError, match="last.pt can't be read.*should be a checkpoint of this run"):
-            new_run(tmp_path, "resume")
-    path.unlink()
+def flip_a_bit(path: Path) -> None:
+    """Change one bit of the largest tensor in a checkpoint."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda i: i.file_size * ("/data/" in i.filename))
+    content = bytearray(path.read_bytes())
+    lengths = [int.from_bytes(content[largest.header_offset + k:][:2], "little") for k in (26, 28)]
+    content[largest.header_offset + 30 + sum(lengths)] ^= 64
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+    folder = train(new_run(tmp_path), scores={4: 0.5}).folder
+    whole = (folder / "last.pt").read_bytes()
+    for damage in (lambda p: p.write_bytes(p.read_bytes()[:500]), lambda p: p.write_bytes(b""), flip_a_bit,
+                   lambda p: torch.save({"G": 1}, p), lambda p: torch.save([], p), Path.unlink):
+        (folder / "last.pt").write_bytes(whole)
+        damage(folder / "last.pt")
+        assert new_run(tmp_path, "resume").step == 5  # that of previous.pt
+    assert "last.pt can't be read" in capsys.readouterr().out
+    flip_a_bit(folder / "previous.pt")
+    assert new_run(tmp_path, "resume").step == 4  # best.pt
+    flip_a_bit(folder / "best.pt")
+    with pytest.raises(UserError, match="best.pt can't be read.*is damaged.*a checkpoint of this run"):
+        new_run(tmp_path, "resume")
+    for name in ("previous", "best"):
+        (folder / f"{name}.pt").unlink()
+    assert new_run(tmp_path, "resume").step == 0 and "starts anew" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no checkpoint yet"):
         list(new_run(tmp_path, "eval").checkpoints("best", "last"))
+
+
+def test_best_pt_is_written_after_the_row_it_belongs_to(tmp_path):
+    r = train(new_run(tmp_path), scores={5: 0.5})
+    best, previous = (torch.load(r.folder / f"{n}.pt", weights_only=True) for n in ("best", "previous"))
+    assert best["step"] == previous["step"] == 5 and best["means"] == previous["means"] == {}
+
+
+def test_a_state_of_an_optimiser_that_is_not_finite_is_not_saved(tmp_path):
+    r = new_run(tmp_path)
+    with pytest.raises(NotFinite, match=r"opt.state.0.exp_avg_sq is not finite at step 5. There is no chec"):
+        for _ in r.steps():
+            (r.G(torch.ones(1, 2)).sum() * 1e25).backward()
+            r.opt.step()
+    assert not (r.folder / "last.pt").exists()
+
+
+def test_learning_rates_are_those_of_the_config(tmp_path):
+    folder = train(new_run(tmp_path, lr=0.25)).folder
+    assert torch.load(folder / "last.pt", weights_only=True)["opt"]["param_groups"][0]["lr"] == 0.25
+    r = new_run(tmp_path, "resume", lr=0.125, iters=11)
+    assert r.opt.param_groups[0]["lr"] == 0.125
+    train(r)
+    sitting = json.loads((folder / "config.json").read_text())
+    assert sitting["config"]["lr"] == 0.125 and new_run(tmp_path, "resume").opt.param_groups[0]["lr"] == 0.125
+
+
+@pytest.mark.parametrize("changes, digest, message", [
+    (dict(iters=9), "digest", "--iters 9: .*r is already at 10"),
+    ({}, "other", "does not hold the images that .*r was trained on"),
+])
+def test_what_does_not_fit_the_checkpoint_is_refused(tmp_path, changes, digest, message):
+    folder = train(new_run(tmp_path)).folder
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=message):
+        new_run(tmp_path, "resume", digest=digest, **changes)
+    if digest == "other":  # neither sampled nor scored
+        with pytest.raises(UserError, match=message):
+            list(new_run(tmp_path, "eval", digest=digest).checkpoints("last"))
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_two_processes_never_train_in_one_folder(tmp_path):
+    train(new_run(tmp_path))
+    with system.locked(tmp_path / "r"), pytest.raises(UserError, match="r is in use: another process"):
+        train(new_run(tmp_path, "resume", iters=20))
+    assert train(new_run(tmp_path, "resume", iters=12)).step == 12
+
+
+def test_only_files_of_the_project_are_removed(tmp_path):
+    own = tmp_path / "r" / ".env.local.bak"
+    own.parent.mkdir()
+    own.write_text("mine")
+    folder = train(new_run(tmp_path)).folder
+    for name in ("step_0000010 copy.png", "step_best.png"):
+        (folder / "samples" / name).write_text("mine")
+    (folder / "samples" / "step_0000005.png").write_text("damaged")  # costs the GIF, not the run
+    train(new_run(tmp_path, "resume", iters=11))
+    assert own.read_text() == "mine" and (folder / "samples" / "step_best.png").read_text() == "mine"
+
+
+def test_a_damaged_table_is_refused_before_anything_changes(tmp_path):
+    folder = train(new_run(tmp_path)).folder
+    (folder / "scores.json").write_text("{}")
+    (folder / "metrics.csv").write_text("step,seconds\nx,y\n")
+    with pytest.raises(UserError, match="metrics.csv can't be read .ValueError.*repair it"):
+        train(new_run(tmp_path, "resume", iters=12))
+    assert (folder / "scores.json").exists()
+
+
+def test_dead_training_is_noticed_once(tmp_path, capsys):
+    r = new_run(tmp_path, iters=30, log_every=1)
+    for step in r.steps():
+        r.record(d_loss=torch.tensor(0.0 if step > 5 else 1.0))
+        if r.due("sample"):
+            r.picture(torch.full((2, 1, 8, 8), step / 40), "")
+    text = capsys.readouterr().out
+    assert text.count("step 15: D's loss has been zero for ten rows") == 1 == text.count("D's loss")
+    assert text.count("step 5: the generated images hardly differ") == 1 == text.count("hardly differ")
 
 
 def test_one_path_for_training_sampling_and_scoring(tmp_path):
