@@ -184,7 +184,8 @@ def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
             for name, weight in D.named_parameters():
                 if not name.startswith("attributes"):  # which is not part of the critic
                     weight.clamp_(-cfg.clip, cfg.clip)
-    return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean(), penalty=penalty, aux_real=aux)
+    return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean(), penalty=penalty,
+                aux_real=aux)
 
 
 def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
