@@ -42,10 +42,11 @@ def figures(folder: Path) -> dict:
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     last_row = (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
     pace = seconds_per_iteration(folder / "metrics.csv")
-    return {"script": config["script"], "command": config["sittings"][0]["command"],
+    sittings = [sitting | {"command": short(sitting["command"])[7:]} for sitting in config["sittings"]]
+    return {"script": config["script"], "command": sittings[0]["command"],
             "seconds": round(float(last_row[1])), "iterations": int(last_row[0]),
             "seconds_per_1000_iterations": round(1000 * pace, 1), "scores": scores,
-            "sittings": config["sittings"], "config": config["config"]}
+            "sittings": sittings, "config": config["config"] | {"out": ""}}  # a path of this machine
 
 
 def keep(image: Image.Image, path: Path) -> None:
@@ -101,7 +102,7 @@ def number(mean: float, std: float) -> str:
 
 
 def short(command: str) -> str:
-    """A command without the flags that change no score; the JSON has all of it."""
+    """A command without the flags that change no score."""
     return "python " + re.sub(r" --(log-every|sample-every|save-every|out) \S+", "", command)
 
 
