@@ -192,7 +192,7 @@ def code_effects(make: Callable[..., torch.Tensor], z_dim: int, n_categories: in
     make(z, category, continuous) → images. On each path one code goes from -1 to 1 in `steps`; noise,
     category and the other codes are fixed. Returns means over the paths: "code 1 ~ slant", Spearman's
     correlation along the path, and "code 1: change of slant" from end to end (a correlation can be high
-    although the change is tiny).
+    although the change is tiny); and "a code ~ slant", the strongest correlation, as signs are arbitrary.
     """
     effects = {}
     for c in range(n_continuous):
@@ -207,6 +207,8 @@ def code_effects(make: Callable[..., torch.Tensor], z_dim: int, n_categories: in
             rho = spearman(torch.arange(steps).expand(n_paths, -1), values)
             effects[f"code {c + 1} ~ {name}"] = rho.mean().item()
             effects[f"code {c + 1}: change of {name}"] = (values[:, -1] - values[:, 0]).nanmean().item()
+    for name in ("slant", "width"):
+        effects[f"a code ~ {name}"] = max(abs(effects[f"code {c + 1} ~ {name}"]) for c in range(n_continuous))
     return effects
 
 

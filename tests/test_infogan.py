@@ -102,6 +102,15 @@ def test_each_step_reaches_its_networks_and_no_others():
     assert found["q_category"].item() == pytest.approx(math.log(10), abs=0.5)  # nothing is known yet
 
 
+def test_noise_is_on_all_images_of_d_and_q_and_falls_to_zero(here, monkeypatch):
+    stds = []
+    monkeypatch.setattr(infogan_mnist, "noisy", lambda images, std: stds.append(std) or images)
+    run_here("infogan_mnist", iters=5, noise=0.8, noise_iters=4, judge="none")
+    assert stds == pytest.approx([std for std in (0.6, 0.4, 0.2, 0, 0) for _ in range(3)])
+    monkeypatch.undo()
+    assert infogan_mnist.noisy(torch.zeros(9999), 0.5).std() == pytest.approx(0.5, abs=0.03)
+
+
 def test_the_likelihood_s_weight_is_a_setting():
     def gradient(weight: float) -> torch.Tensor:
         G, body, D, Q = networks(ch=2, image_size=32)
@@ -153,11 +162,6 @@ def test_score_categories_of_known_digits():
     assert found["purity"].tolist() == pytest.approx([0.9] * 10, abs=0.06)
 
 
-def test_the_strongest_code_counts_whatever_its_sign():
-    effects = {"code 1 ~ slant": (0.3, 0.1), "code 2 ~ slant": (-0.8, 0.2)}
-    assert infogan_mnist.strongest(effects, "slant", 2) == (0.8, 0.2)
-
-
 def test_score_reading_is_that_of_q_s_estimates(here):
     data = load_digits(settings(n_synthetic=1000), 32)
     factors = data.test_factors
@@ -186,6 +190,6 @@ def test_pictures_and_scores_of_a_run(here):
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     last, summary = scores["last"], scores["summary"]
     assert list(summary) == ["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)"]
-    assert summary["a code ~ width"][0] == max(abs(last[f"code {c} ~ width"][0]) for c in (1, 2))
+    assert summary["a code ~ width"][0] >= max(abs(last[f"code {c} ~ width"][0]) for c in (1, 2))
     assert 0.1 <= last["code → digit"][0] <= 1 and len(last["digit"][0]) == len(last["purity"][0]) == 10
     assert {"Q's category → class", "Q's code 2 ~ width"} < last.keys()

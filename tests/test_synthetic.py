@@ -224,6 +224,7 @@ def test_code_effects_are_those_of_each_code():
 
     result = digits.code_effects(make, 3, 10, 2, torch.Generator().manual_seed(0), n_paths=20)
     assert result["code 1 ~ slant"] > 0.99 and result["code 2 ~ width"] < -0.99
+    assert result["a code ~ slant"] > 0.99 and result["a code ~ width"] > 0.99  # whichever, whatever its sign
     assert result["code 1: change of slant"] == pytest.approx(0.8, abs=0.1)
     assert -0.16 * 14 < result["code 2: change of width"] < -0.08 * 14  # ends count, too
     assert abs(result["code 2: change of slant"]) < 0.1
