@@ -235,9 +235,12 @@ def main(run: Run) -> None:
                 row["FID"] = evaluator.score_fid(sample, inception, data.test_images, **options)
             mean, log_variance = encode_all(vae, data.test_images)
             images, added = decode_all(vae, mean), add_attributes(vae, data, judge)
-            fd = evaluator.distance(test, judge.read(images.split(250))[1])
+            probabilities, moments = judge.read(images.split(250))
+            kept = evaluator.count_attributes(probabilities, data.test_labels, data.groups)
             mse = F.mse_loss(images, to_float(data.test_images)).item()
-            row |= {"FD of reconstructions": (fd, 0.0), "MSE": (mse, 0.0),
+            row |= {"FD of reconstructions": (evaluator.distance(test, moments), 0.0), "MSE": (mse, 0.0),
+                    "attributes kept": (kept["accuracy"], 0.0),
+                    "by attribute": (kept["by attribute"].tolist(), [0.0] * len(kept["by attribute"])),
                     "KL, nats": (kl_divergence(mean, log_variance).mean().item(), 0.0),
                     "attribute added": (sum(after for _, after in added.values()) / len(added), 0.0)}
             scores[name] = row | {"found without and with": added}
@@ -245,7 +248,7 @@ def main(run: Run) -> None:
         save_pictures(vae, data, cfg, run.folder, f"{title}, step {step}")
     if judge:
         evaluator.report(run, data, judge, scores, ["FD (judge)", "FID", "FD of reconstructions", "MSE",
-                                                    "attribute added"])
+                                                    "attributes kept", "attribute added"])
         print("\nshare of held-out faces without an attribute in which it is found: reconstructed, and added")
         for attribute, (before, after) in added.items():
             print(f"{attribute:<36}{before:10.4f}{after:10.4f}")

@@ -49,8 +49,10 @@ def test_scores_and_directions_are_of_the_checkpoint(here):
     x = data.test_images / 127.5 - 1
     mean, log_variance = vae.encode(x)
     scores = json.loads((folder / "scores.json").read_text())
-    assert list(scores["summary"]) == ["FD (judge)", "FD of reconstructions", "MSE", "attribute added"]
+    assert list(scores["summary"]) == ["FD (judge)", "FD of reconstructions", "MSE", "attributes kept",
+                                       "attribute added"]
     best = scores["best"]
+    assert best["attributes kept"][0] == pytest.approx(sum(best["by attribute"][0]) / 4)
     mse = (vae.decoder(mean) - x).square().mean().item()
     assert best["MSE"][0] == pytest.approx(mse, rel=1e-4)
     torch.testing.assert_close(vae.reconstruct(x), vae.decoder(mean))
