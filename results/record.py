@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -23,14 +24,13 @@ from common.cli import Parser  # noqa: E402
 from common.errors import UserError, exit_status  # noqa: E402
 
 END = "<!-- end -->"
-# the README's table: script, paper, kept record (of a sweep: / and the run), the write-up's figure
+# the README's table: script, paper, kept record, the write-up's figure
 SCRIPTS = (
     ("dcgan_mnist.py", "DCGAN, Radford et al. 2016", "dcgan_latent16_hidden100", "FID < 60"),
     ("infogan_mnist.py", "InfoGAN, Chen et al. 2016", "infogan_ch16_seed0", "pictures; the paper: 0.95"),
-    ("acgan_celeba.py", "ACGAN, Odena et al. 2017", "acgan_celeba_variants/gp-bn-concat-input",
-     "FID 44.3 to 216.2 on cartoon faces"),
+    ("acgan_celeba.py", "ACGAN, Odena et al. 2017", "acgan_quick", "FID 44.3 to 216.2 on cartoon faces"),
     ("vae_celeba.py", "VAE, Kingma & Welling 2014", "vae_celeba", "pictures"),
-    ("sngan_iclevr.py", "SNGAN, Miyato et al. 2018; projection, Miyato & Koyama 2018", "sngan_real_ch16",
+    ("sngan_iclevr.py", "SNGAN, Miyato et al. 2018; projection, Miyato & Koyama 2018", "sngan_quick",
      "accuracy 0.79 and 0.82"),
     ("cdcgan_iclevr.py", "conditional DCGAN, Mirza & Osindero 2014", "cdcgan_narrow_concat", "accuracy 0.62"),
 )
@@ -149,11 +149,14 @@ def script_rows(kept: dict[str, dict]) -> list[str]:
     """The README's table: a row for each script."""
     lines = ["| script | paper | data | score | iterations, time | write-up |", "| --- " * 6 + "|"]
     for script, paper, name, write_up in SCRIPTS:
-        name, _, run = name.partition("/")
-        k = kept[name]["runs"][run] if run else kept[name]
-        scores = ", ".join(f"{c} {number(*v)}" for c, v in list(k["scores"]["summary"].items())[:3])
+        runs = list(kept[name].get("runs", {"": kept[name]}).values())
+        k, summaries = runs[0], [run["scores"]["summary"] for run in runs]
+        scores = {c: [summary[c][0] for summary in summaries] for c in list(summaries[0])[:3]}
+        text = ", ".join(f"{c} {number(mean(v), stdev(v) if v[1:] else summaries[0][c][1])}"
+                         for c, v in scores.items())
         size = k["config"].get("image_size", 32)
-        cells = [f"[{script}]({script})", paper, f"{data_of(k)}, {size}×{size}", scores,
+        cells = [f"[{script}]({script})", paper, f"{data_of(k)}, {size}×{size}",
+                 f"{text} ({len(runs)} seed{'s' if runs[1:] else ''})",
                  f"{minutes(k)}, {hardware(k)}", write_up]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
