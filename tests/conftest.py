@@ -77,6 +77,10 @@ def run_here(name: str, action: str = "train", folder: str | Path | None = None,
     return run.folder
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often test_random_kills_lose_nothing kills")
+
+
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory) -> Path:
     """Shared by the runs of one session, so that data are rendered and judges trained once."""

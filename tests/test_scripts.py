@@ -154,7 +154,7 @@ def test_a_signal_ends_a_run_that_resumes_to_the_same_bits(workdir, uninterrupte
 def test_a_run_killed_before_its_first_checkpoint_starts_over(workdir, uninterrupted):
     folder = workdir / "runs" / "early"
     shutil.copytree(uninterrupted, folder)
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.pt", "previous.pt", "best.pt"):
         (folder / name).unlink()
     script("sngan_iclevr", "--resume", str(folder), cwd=workdir)
     same_runs(folder, uninterrupted)
