@@ -1,15 +1,19 @@
 """Data sets as one uint8 image tensor with labels, decoded once and cached; batches by index."""
+import contextlib
+import csv
+import inspect
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.datasets import MNIST
+from PIL import Image, ImageOps
+from torchvision.datasets import MNIST, mnist, utils
 from torchvision.transforms.functional import center_crop, resize
 
 from common.errors import UserError, reading
@@ -36,8 +40,10 @@ class Data:
     origin: str = ""  # names the code that renders such images, or MNIST's pixels: for a shipped judge
 
     def __post_init__(self):
-        size = self.images.shape[-1]
-        print(f"data: {self.name} ({self.source}), {len(self.images):,} training images of {size}×{size}")
+        n, size = len(self.images), self.images.shape[-1]
+        if self.test_images is not None and (m := len(self.test_images)) < 2:
+            raise UserError(f"{self.name}: {n + m} images are too few: {m} for scores, at least 2 are needed")
+        print(f"data: {self.name} ({self.source}), {n:,} training images of {size}×{size}")
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """A judge's training images and labels, and those held out from it: of scenes a fixed tenth."""
@@ -56,11 +62,12 @@ class Data:
         return self.images[order[:len(self.test_images)]]
 
     def validation_sets(self, n: int = 96) -> torch.Tensor:
-        """Label sets [n, 3] of training scenes, a third each of 1, 2, 3 objects, to choose best.pt by."""
-        g = torch.Generator().manual_seed(0)
-        count = (self.labels < len(self.classes)).sum(1)
+        """Label sets [≤ n, 3] of training scenes, not in tests, up to n/3 of 1, 2, 3 objects: for best.pt."""
+        g, sets = torch.Generator().manual_seed(0), self.labels.unique(dim=0)
+        sets = sets[~(sets[:, None] == torch.cat([sets[:0], *self.tests.values()])).all(2).any(1)]
+        count = (sets < len(self.classes)).sum(1)
         return torch.cat([s[torch.randperm(len(s), generator=g)[:n // 3]] for s in
-                          (self.labels[count == k].unique(dim=0) for k in (1, 2, 3))])
+                          (sets[count == k] for k in (1, 2, 3))])
 
     def training_sample(self, n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """n random training images in [-1, 1] with their labels: the scale for generated ones."""
@@ -99,10 +106,8 @@ def load_iclevr(cfg) -> Data:
                     d["digest"], scene=d["scene"], tests=tests, origin=d["key"])
     folder = Path(source)
     ids, train, tests = read_iclevr_lists(folder)
-    places = [folder / name for name in ("images", "iclevr", "image")]
-    pictures = next((place for place in places if place.is_dir()), places[0])
-    names = sorted(train)
-    images, pixels, _ = load_images(pictures, names, size)
+    places = map(folder.joinpath, ("images", "iclevr", "image"))
+    images, pixels, names = load_images(next(filter(os.path.isdir, places), folder / "images"), train, size)
     labels = torch.tensor([train[name] for name in names])
     scene = np.unique([name.rsplit("_", 1)[0] for name in names], return_inverse=True)[1]
     return Data("i-CLEVR", "scenes", source, images, labels, tuple(sorted(ids, key=ids.get)),
@@ -111,10 +116,15 @@ def load_iclevr(cfg) -> Data:
 
 def read_iclevr_lists(folder: Path) -> tuple[dict, dict, dict]:
     """{object: id}, {file name of train.json: three ids} and the two test lists."""
+    def once(pairs: list[tuple]) -> dict:  # of a key given twice json would keep the last
+        if twice := [a for a, b in pairwise(sorted(key for key, _ in pairs)) if a == b]:
+            raise ValueError(f"{twice[0]} is given twice")
+        return dict(pairs)
+
     def read(name: str, kind: type, example: str):
         with reading(folder / name, f"such as {example}. i-CLEVR is a folder with images/, train.json, "
                      "test.json, new_test.json and objects.json; --data synthetic needs none"):
-            content = json.loads((folder / name).read_text())
+            content = json.loads((folder / name).read_bytes(), object_pairs_hook=once)
             if not isinstance(content, kind) or not content:
                 raise ValueError(f"not a filled {kind.__name__}")
             if name == "objects.json":
@@ -132,8 +142,8 @@ def read_iclevr_lists(folder: Path) -> tuple[dict, dict, dict]:
 
 def pad_ids(objects: list[str], ids: dict[str, int], where: str) -> list[int]:
     """The sorted ids of one to three objects, padded to three with the null id, len(ids)."""
-    if not isinstance(objects, list) or not 1 <= len(objects) <= 3:
-        raise ValueError(f"{where} should name 1 to 3 objects, has {objects}")
+    if not isinstance(objects, list) or not 1 <= len(objects) == len({*map(repr, objects)}) <= 3:
+        raise ValueError(f"{where} should name 1 to 3 different objects, has {objects}")
     if unknown := [o for o in objects if not isinstance(o, str) or o not in ids]:
         raise ValueError(f"{where} has an unknown object {unknown[0]!r}")
     return sorted(ids[o] for o in objects) + [len(ids)] * (3 - len(objects))
@@ -144,8 +154,8 @@ def pad_ids(objects: list[str], ids: dict[str, int], where: str) -> list[int]:
 def load_digits(cfg, image_size: int) -> Data:
     """MNIST, or cfg.n_synthetic synthetic digits and a sixth as many for tests; resized from 28×28.
 
-    cfg.data: "mnist" (data/MNIST, downloaded if missing), the folder that holds MNIST/raw, "synthetic", or
-    "auto". Raises UserError for what is missing, damaged or can't be downloaded.
+    cfg.data: "mnist" (data/MNIST, downloaded if missing), a folder with MNIST/raw or the four files, perhaps
+    .gz or ….idx3-ubyte, "synthetic", or "auto". UserError: missing, damaged, too few or not to be downloaded.
     """
     source, n, factors, origin = cfg.data, cfg.n_synthetic, {}, ""
     if source == "auto":
@@ -173,10 +183,17 @@ def load_digits(cfg, image_size: int) -> Data:
 
 def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 [N, 1, 28, 28] and int64 [N] of MNIST's training or test set, by torchvision."""
-    with reading(root / "MNIST" / "raw", "MNIST's four files train-images-idx3-ubyte, …. Fetch them again, "
-                 "or use --data mnist (downloads them to data/) or --data synthetic"):
-        mnist = MNIST(root, train=train, download=download)
-        images, labels = mnist.data, mnist.targets
+    raw, parts = root / "MNIST" / "raw", []
+    with reading(raw, "MNIST's four files, train-images-idx3-ubyte … or .gz. Fetch them again, or use --data "
+                 "mnist (downloads them to data/) or --data synthetic"), TemporaryDirectory() as unpacked:
+        if download and len(list(raw.glob("*[-.]idx?-ubyte"))) < 4:
+            MNIST(root, download=True)
+        for kind, read in (("images", mnist.read_image_file), ("labels", mnist.read_label_file)):
+            pattern = f"{'train' if train else 't10k'}-{kind}[-.]idx?-ubyte*"
+            paths = (path for place in (raw, root) for path in sorted(place.glob(pattern)))
+            path = next(filter(Path.is_file, paths), raw / pattern)
+            parts.append(read(utils.extract_archive(path, unpacked) if path.suffix == ".gz" else path))
+        images, labels = parts
         if images.shape != (len(labels), 28, 28) or not 0 <= labels.min() <= labels.max() <= 9:
             raise ValueError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)} do not match")
     return images[:, None], labels
@@ -186,9 +203,9 @@ def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, t
 
 FACE_LAYOUTS = {  # attribute table: name of the set, folder of the images beside it
     "list_attr_celeba.txt": ("CelebA", "img_align_celeba"), "cartoon_attr.txt": ("cartoon faces", "images"),
+    "list_attr_celeba.csv": ("CelebA", "img_align_celeba"),  # Kaggle's
 }
-# eight of CelebA's forty that are easy to see
-CELEBA_ATTRIBUTES = "Bangs,Black_Hair,Blond_Hair,Brown_Hair,Eyeglasses,Male,Smiling,Young"
+CELEBA_ATTRIBUTES = "Bangs,Black_Hair,Blond_Hair,Brown_Hair,Eyeglasses,Male,Smiling,Young"  # easy to see
 
 
 def load_faces(cfg) -> Data:
@@ -196,8 +213,7 @@ def load_faces(cfg) -> Data:
 
     cfg.attributes: columns of the table, joined by commas; "": eight of CelebA's, all of another set's.
     cfg.crop: side of the square cut out of the middle of each image; 0: the largest. cfg.skip_bad_images:
-    leave out, and count, images that can't be read. A fixed tenth is held out for tests.
-    Raises UserError for what is missing or malformed.
+    leave out, and count, missing and unusable ones, else UserError. A fixed tenth is held out for tests.
     """
     source, size, origin = pick_source(cfg.data, "data/celeba"), cfg.image_size, ""
     if source == "synthetic":
@@ -207,24 +223,22 @@ def load_faces(cfg) -> Data:
         labels, origin = d["labels"][:, columns], d["key"]
     else:
         tables = [Path(source) / name for name in FACE_LAYOUTS]
-        table = next((table for table in tables if table.is_file()), tables[0])
+        table = next(filter(os.path.isfile, tables), tables[0])
         name, folder = FACE_LAYOUTS[table.name]
         known, rows = read_attributes(table)
         columns = pick_columns(cfg.attributes or CELEBA_ATTRIBUTES * (name == "CelebA"), known, str(table))
-        names = sorted(rows)
-        images, pixels, kept = load_images(table.parent / folder, names, size, cfg.crop, cfg.skip_bad_images)
-        labels = torch.tensor([rows[name] for name in names])[kept][:, columns]
-        if len(kept) < len(names):
-            print(f"*** {folder}: left out {len(names) - len(kept)} unusable images ***")
+        images, pixels, kept = load_images(table.parent / folder, rows, size, cfg.crop, cfg.skip_bad_images)
+        labels = torch.tensor([[rows[name][i] for i in columns] for name in kept]).view(-1, len(columns))
+        if len(kept) < len(rows):
+            print(f"*** {folder}: left out {len(rows) - len(kept)} unusable images ***")
     classes = tuple(known[i] for i in columns)
-    if len(images) < 20:
-        raise UserError(f"{name}: {len(images)} images are too few; a tenth of at least 20 is held out")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = (part.sort().values for part in order.tensor_split([len(order) // 10]))
-    y = labels.float()
-    digest = digest_of(pixels + repr(classes), labels)
-    return Data(name, "faces", source, images[train], y[train], classes, digest, images[test], y[test],
-                one_of_groups(labels), origin=origin)
+    y, test_images = labels.float(), images[test]
+    for i, part in enumerate(train.split(1024)):  # moved up in place: memory may not do for a second copy
+        images[1024 * i:1024 * i + len(part)] = images[part]
+    return Data(name, "faces", source, images[:len(train)], y[train], classes, digest_of(
+        pixels + repr(classes), labels), test_images, y[test], one_of_groups(labels), origin=origin)
 
 
 def pick_columns(attributes: str, known: tuple[str, ...], where: str) -> list[int]:
@@ -240,69 +254,92 @@ def pick_columns(attributes: str, known: tuple[str, ...], where: str) -> list[in
 def one_of_groups(labels: torch.Tensor) -> tuple[tuple[int, ...], ...]:
     """Split columns of 0/1 labels [N, A] into groups of neighbours with one 1 per row; () if impossible."""
     count = labels.cumsum(1)  # group k ends where every row has first counted to k
-    ends = [int((count == k).all(0).int().argmax()) + 1 for k in range(1, int(count.max()) + 1)]
+    ends = [int((count == k).all(0).int().argmax()) + 1 for k in range(1, int(labels[:1].sum()) + 1)]
     groups = tuple(tuple(range(start, end)) for start, end in pairwise([0, *ends]))
     return groups if all(len(g) > 1 for g in groups) and ends[-1:] == [labels.shape[1]] else ()
 
 
 def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]:
     """Attribute names, and {file name: 0 or 1 each}."""
-    with reading(table, "CelebA's table (or cartoon_attr.txt): the number of rows, a line of attributes, "
+    with reading(table, "CelebA's table (or .csv, or cartoon_attr.txt): the number of rows, a line of names, "
                  "and rows of a file name (used once) and 0 or 1 (or -1 and 1) for each attribute"):
-        lines = table.read_text().rstrip().splitlines()
-        n, known, rows, values = int(lines[0]), tuple(lines[1].split()), {}, {"0": 0, "1": 1, "-1": 0}
-        if not known or n != len(lines) - 2:
-            raise ValueError(f"{n} rows announced, {len(lines) - 2} found; {len(known)} attributes")
-        for number, line in enumerate(lines[2:], 3):
-            name, *row = line.split() or [""]
+        text, rows, values = table.read_bytes(), {}, {"0": 0, "1": 1, "-1": 0}
+        lines = text.decode(json.detect_encoding(text)).rstrip().splitlines()
+        kaggle = table.suffix == ".csv"  # announces no number, but the column of names has a name too
+        (n, *_), known, *cells = [[len(lines) - 1], *csv.reader(lines)] if kaggle else map(str.split, lines)
+        known = tuple(known[kaggle:])
+        if not known or int(n) != len(cells) or len({*known}) < len(known):
+            raise ValueError(f"{n} rows announced, {len(cells)} found; {len({*known})} different attributes")
+        for number, (name, *row) in enumerate((x or [""] for x in cells), 3 - kaggle):
             if len(row) != len(known) or not set(row) <= values.keys() or name in rows:
-                raise ValueError(f"line {number}: {line[:60]!r}")
+                raise ValueError(f"line {number}: {lines[number - 1][:60]!r}")
             rows[name] = [values[value] for value in row]
     return known, rows
 
 
 # ---------------------------------------------------------------------- decoding and caching
 
-def load_images(folder: Path, names: list[str], size: int, crop: int | None = None,
-                skip_bad: bool = False) -> tuple[torch.Tensor, str, torch.Tensor]:
-    """The named images as RGB squares: uint8 [K, 3, size, size], a digest of the pixels, which names [K].
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's reader of EPS starts a program
+
+
+class Threads(ThreadPoolExecutor):
+    """A pool whose pending calls are cancelled by an error or Ctrl-C."""
+    def __exit__(self, *_):
+        self.shutdown(cancel_futures=True)
+
+
+def load_images(folder: Path, names: list[str] | dict, size: int, crop: int | None = None,
+                skip_bad: bool = False) -> tuple[torch.Tensor, str, list[str]]:
+    """The named images, sorted, as RGB: uint8 [K, 3, size, size], a digest of the pixels, and their names.
 
     crop: side of the square to cut out of the middle first; 0: the largest; None: squeeze the whole image.
-    Decoded once and cached beside the folder until a file in it changes. Raises UserError for a missing
-    image, and, unless skip_bad, for one that is unreadable or smaller than the crop.
+    skip_bad: leave out what is missing, unreadable or smaller than the crop, otherwise a UserError.
+    Decoded once and cached beside the folder until a file in it changes.
     """
+    folder = inner if os.path.isdir(inner := folder / folder.name) else folder  # as zips may be unpacked
     with reading(folder, "the folder of the images"):
-        stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
-    if missing := [name for name in names if name not in stats]:
+        stats = {entry.name: entry.stat() for entry in os.scandir(folder) if entry.is_file()}
+    if not skip_bad and (missing := [name for name in names if name not in stats]):
         raise UserError(f"{folder / missing[0]} is missing ({len(missing)} of {len(names)} images are): "
                         "unpack the set again, or remove them from the list that names them")
+    names = sorted(name for name in names if name in stats)
     state = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in names]
 
     def decode() -> dict:
         print(f"decoding {len(names):,} images of {folder} …", flush=True)
-        pixels, skipped = np.empty((len(names), size, size, 3), np.uint8), UserError if skip_bad else ()
+        pixels, kept = np.empty((len(names), 3, size, size), np.uint8), np.zeros(len(names), bool)
 
-        def one(i: int) -> bool:
-            try:
-                pixels[i] = decode_image(folder / names[i], size, crop)
-                return True
-            except skipped:
-                return False
+        def one(i: int) -> None:
+            with contextlib.suppress(*[UserError] * skip_bad):
+                pixels[i] = np.moveaxis(np.asarray(decode_image(folder / names[i], size, crop)), 2, 0)
+                kept[i] = True
 
-        with ThreadPoolExecutor() as pool:
-            kept = torch.tensor(list(pool.map(one, range(len(names))))).nonzero()[:, 0]
-        return {"images": torch.from_numpy(pixels).permute(0, 3, 1, 2)[kept].contiguous(), "kept": kept}
+        with Threads() as pool:
+            list(pool.map(one, range(len(names))))
+        return {"images": torch.from_numpy(pixels if kept.all() else pixels[kept]),
+                "names": list(compress(names, kept))}
 
-    suffix = f"{size}" if crop is None else f"{size}-crop{crop}"
-    d = cached(folder.parent / f".{folder.name}-{suffix}.cache.pt", (state, crop, skip_bad), decode)
-    return d["images"], d["digest"], d["kept"]
+    suffix, code = f"{size}" if crop is None else f"{size}-crop{crop}", inspect.getsource(decode_image)
+    d = cached(folder.parent / f".{folder.name}-{suffix}.cache.pt", (state, crop, skip_bad, code), decode)
+    return d["images"], d["digest"], d["names"]
 
 
 def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
-    """One image as load_images has it; raises UserError if that is impossible."""
+    """One image as a viewer shows it: turned by EXIF, over white, deep grey scaled; raises UserError."""
     hint = "" if crop is None else f" of at least {crop or 1} pixels; leave such out with --skip-bad-images"
-    with reading(path, f"an image{hint}"), Image.open(path) as opened:
-        image = opened.convert("RGB")
+    with reading(path, f"an image{hint}"), Image.open(path, formats=FORMATS) as image:
+        image.load()
+        with contextlib.suppress(Exception):  # broken EXIF data, which viewers ignore
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in "IF":  # 16 bits, or floats up to 1 or 255
+            x = np.asarray(image)
+            top = 65535 if image.mode[0] == "I" else 1 if x.max() <= 1 else 255
+            if not 0 <= x.min() <= x.max() <= top:
+                raise ValueError(f"grey from {x.min()} to {x.max()}, not from 0 to {top}")
+            image = Image.fromarray((x * (255 / top) + 0.5).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGB")
         if crop and min(image.size) < crop:
             raise ValueError(f"{image.width}×{image.height} pixels are smaller than --crop {crop}")
     if crop is not None:

@@ -117,7 +117,10 @@ def free_folder(out: str, name: str) -> Path:
 
 def digest_of(text: str, *tensors: torch.Tensor) -> str:
     """Twelve hexadecimal digits that name a text and tensors."""
-    return hashlib.sha1(text.encode() + b"".join(x.numpy().tobytes() for x in tensors)).hexdigest()[:12]
+    digest = hashlib.sha1(text.encode())
+    for x in tensors:
+        digest.update(x.contiguous().numpy())  # its bytes where they lie
+    return digest.hexdigest()[:12]
 
 
 def cached(path: Path, key, make: Callable[[], dict]) -> dict:
@@ -125,7 +128,7 @@ def cached(path: Path, key, make: Callable[[], dict]) -> dict:
     key = digest_of(repr(key))
     with contextlib.suppress(Exception):  # none, or a damaged one, which is rebuilt
         stored = torch.load(path, weights_only=True)
-        if stored["key"] == key:
+        if stored["key"] == key and re.fullmatch("[0-9a-f]{12}", stored["digest"]):  # it names a file
             print(f"read from the cache {path}")
             return stored
     made = make()

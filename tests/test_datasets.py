@@ -1,17 +1,23 @@
 """Loaders: what they give, what they cache, what they refuse."""
+import gzip
+import hashlib
 import json
 import os
+import time
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms.functional import to_tensor
 
 from common import datasets
 from common.datasets import Batches, Data
 from common.errors import UserError
+from common.system import digest_of
 from synthetic import digits, faces, scenes
 from tests.conftest import make_mnist, settings
 
@@ -58,7 +64,7 @@ def test_held_out_images_are_whole_scenes():
 def test_the_cache_is_used_until_it_is_damaged_or_the_folder_changes(iclevr, monkeypatch):
     first = load_iclevr(str(iclevr), 32)
     opened = []
-    monkeypatch.setattr(datasets.Image, "open", lambda p, _open=Image.open: opened.append(p) or _open(p))
+    monkeypatch.setattr(datasets.Image, "open", lambda p, _open=Image.open, **k: opened.append(p) or _open(p))
     again = load_iclevr(str(iclevr), 32)
     assert not opened and torch.equal(first.images, again.images) and first.digest == again.digest
     cache, = iclevr.glob(".*.cache.pt")
@@ -69,6 +75,30 @@ def test_the_cache_is_used_until_it_is_damaged_or_the_folder_changes(iclevr, mon
     changed = load_iclevr(str(iclevr), 32)
     assert len(opened) == 2 * 18 and changed.digest != first.digest
     assert changed.images[10].float().mean((1, 2)).tolist() == [255, 0, 0]
+    monkeypatch.setattr(datasets.inspect, "getsource", lambda f: "other code that decodes")
+    assert load_iclevr(str(iclevr), 32).digest == changed.digest and len(opened) == 3 * 18
+
+
+@pytest.mark.parametrize("digest", ["../../elsewhere", "0123456789abc", "", None, 12])
+def test_a_cache_whose_digest_would_name_another_file_is_rebuilt(iclevr, digest):
+    expected = load_iclevr(iclevr).digest
+    cache, = iclevr.glob(".*.cache.pt")
+    stored = torch.load(cache, weights_only=True)
+    pixels = stored["digest"]
+    torch.save(stored | {"digest": digest}, cache)
+    assert load_iclevr(iclevr).digest == expected
+    assert torch.load(cache, weights_only=True)["digest"] == pixels
+
+
+def test_the_digest_is_of_the_bytes_in_order_and_needs_no_copy_of_them():
+    x, y = torch.arange(24).view(2, 3, 4), torch.tensor([[True, False]])
+    expected = hashlib.sha1(b"text" + x.transpose(0, 2).numpy().tobytes() + y.numpy().tobytes())
+    assert digest_of("text", x.transpose(0, 2), y) == expected.hexdigest()[:12]
+    large = torch.zeros(1000, 1000, dtype=torch.uint8)
+    tracemalloc.start()
+    digest_of("", large, large)
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
 
 
 def test_a_folder_that_cannot_be_written_still_loads(iclevr, monkeypatch, capsys):
@@ -85,15 +115,26 @@ def edit(folder, name, change):
     (folder / name).write_text(json.dumps(content))
 
 
+def relink(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
 FIRST, THIRD = "CLEVR_train_000000_0.png", "CLEVR_train_000002_0.png"
 BROKEN = {
     "empty": (lambda f: [os.remove(p) for p in f.glob("*.json")], "objects.json can't.*FileNot.*synthetic"),
     "no images": (lambda f: (f / "images").rename(f / "other"), "images can't be read"),
     "no test list": (lambda f: (f / "new_test.json").unlink(), "new_test.json can't be read"),
+    "dangling link": (lambda f: relink(f / "images" / FIRST), f"{FIRST} is missing .1 of 18"),
     "image missing": (lambda f: (f / "images" / FIRST).unlink(), f"{FIRST} is missing"),
     "unknown object": (lambda f: edit(f, "train.json", lambda c: c.update({FIRST: ["pink cube"]})),
                        "train.json.*unknown object 'pink cube'"),
-    "four objects": (lambda f: edit(f, "test.json", lambda c: c[0].extend(["red cube"] * 3)), "1 to 3 obj"),
+    "four objects": (lambda f: edit(f, "test.json", lambda c: c[0].extend(["red cube"] * 3)), "1 to 3 diff"),
+    "an object twice": (lambda f: edit(f, "train.json", lambda c: c.update({FIRST: ["red cube"] * 2})),
+                        "train.json.*0.png should name 1 to 3 different objects"),
+    "a key twice": (lambda f: (f / "train.json").write_text(
+        (f / "train.json").read_text().replace("{", f'{{"{THIRD}": ["red cube"], ', 1)),
+                    f"train.json.*{THIRD} is given twice"),
     "no objects": (lambda f: edit(f, "train.json", lambda c: c.update({FIRST: []})), "0.png should name"),
     "unreadable": (lambda f: (f / "images" / THIRD).write_bytes(b"\x89PNG"), f"{THIRD} can't be read"),
     "truncated": (lambda f: os.truncate(f / "images" / THIRD, 900), f"{THIRD} can't be read"),
@@ -113,6 +154,51 @@ def test_what_is_wrong_is_named_and_nothing_written(iclevr, case):
     with pytest.raises(UserError, match=message):
         load_iclevr(str(iclevr), 32)
     assert sorted(iclevr.rglob("*")) == before
+
+
+def test_a_link_to_nowhere_that_is_not_listed_does_not_matter(iclevr):
+    (iclevr / "images" / "old.png").symlink_to("nowhere")
+    assert len(load_iclevr(iclevr).images) == 18
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_and_tables_of_windows_editors_are_read(iclevr, tmp_path, encoding):
+    folder = make_faces(tmp_path / "faces")
+    expected = load_iclevr(iclevr).digest, load_faces(folder, 16, "Hat").digest
+    for path in (*iclevr.glob("*.json"), *folder.glob("*.txt")):
+        path.write_bytes(path.read_text().replace("\n", "\r\n").encode(encoding))
+    assert (load_iclevr(iclevr).digest, load_faces(folder, 16, "Hat").digest) == expected
+
+
+@pytest.mark.parametrize("folder", ["images", "image"])
+def test_a_folder_of_its_own_name_around_the_images_is_looked_through(iclevr, folder):
+    expected = load_iclevr(iclevr).digest
+    (iclevr / "images").rename(iclevr / "other")
+    (iclevr / folder).mkdir()
+    (iclevr / "other").rename(iclevr / folder / folder)
+    assert load_iclevr(iclevr).digest == expected
+
+
+def test_an_interrupt_does_not_wait_for_images_that_are_not_begun(iclevr, monkeypatch):
+    names, begun, submit = [f"{i}.png" for i in range(200)], [], datasets.ThreadPoolExecutor.submit
+    for name in names:
+        (iclevr / name).touch()
+
+    def slow(path, *_):
+        begun.append(path)
+        time.sleep(0.03)
+        raise UserError("no image")
+
+    def interrupted(pool, call, *args):
+        if args == (150,):
+            raise KeyboardInterrupt  # as a signal's handler does
+        return submit(pool, call, *args)
+
+    monkeypatch.setattr(datasets, "decode_image", slow)
+    monkeypatch.setattr(datasets.ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        datasets.load_images(iclevr, names, 8, 0, skip_bad=True)
+    assert len(begun) < 100
 
 
 def numbered(n: int) -> Data:
@@ -163,6 +249,18 @@ def test_synthetic_scenes_are_cached_and_own_the_test_lists(monkeypatch):
     objects = {name: (sets < 24).sum().item() for name, sets in first.tests.items()}
     assert objects == {"test": 72, "new_test": 84}
     assert all(len(sets) == 32 for sets in first.tests.values())
+
+
+def test_no_reported_label_set_chooses_the_best_checkpoint(iclevr):
+    data = load_iclevr("synthetic", 32, 100)
+    chosen, reported = ({tuple(row) for row in sets.tolist()}
+                        for sets in (data.validation_sets(), torch.cat([*data.tests.values()])))
+    known = {tuple(row) for row in data.labels.tolist()}
+    assert known & reported and chosen <= known - reported
+    assert len(chosen) == len(data.validation_sets()) >= 64
+    assert torch.equal(data.validation_sets(), data.validation_sets())
+    data.tests = {}
+    assert {tuple(row) for row in data.validation_sets().tolist()} & reported
 
 
 # ------------------------------------------------------------------------------------------------- digits
@@ -224,6 +322,41 @@ def test_damaged_or_missing_mnist_files_are_refused(tmp_path, no_network, name, 
     with pytest.raises(UserError, match="MNIST's four files"):
         load_digits(tmp_path / "data", 32)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dotted", [False, True])
+@pytest.mark.parametrize("place", ["MNIST/raw", ""])
+def test_mnist_is_read_as_mirrors_and_kaggle_have_it(tmp_path, no_network, packed, dotted, place):
+    raw = make_mnist(tmp_path / "plain") / "MNIST" / "raw"
+    expected = load_digits(tmp_path / "plain", 28)
+    (tmp_path / "m" / place).mkdir(parents=True)
+    for path in raw.iterdir():
+        name = path.name.replace("-idx", ".idx") if dotted else path.name
+        (tmp_path / "m" / place / f"._{name}").write_bytes(b"left by macOS")
+        content = path.read_bytes()
+        (tmp_path / "m" / place / (name + ".gz" * packed)).write_bytes(
+            gzip.compress(content) if packed else content)
+    before = sorted((tmp_path / "m").rglob("*"))
+    data = load_digits(tmp_path / "m", 28)
+    assert data.digest == expected.digest and sorted((tmp_path / "m").rglob("*")) == before
+    damaged, = (tmp_path / "m").rglob("train-labels*")
+    damaged.write_bytes(damaged.read_bytes()[:30])
+    with pytest.raises(UserError, match="raw can't be read.*MNIST's four files"):
+        load_digits(tmp_path / "m", 28)
+
+
+def test_auto_finds_dotted_names_and_downloads_nothing(tmp_path, no_network):
+    raw = make_mnist(tmp_path / "data") / "MNIST" / "raw"
+    for path in [*raw.iterdir()]:
+        path.rename(raw / path.name.replace("-idx", ".idx"))
+    assert load_digits("auto", 28).source == "mnist" and len([*raw.iterdir()]) == 4
+
+
+def test_one_test_digit_is_too_few():
+    with pytest.raises(UserError, match="synthetic digits: 6 images are too few: 1 for scores, at least 2"):
+        load_digits("synthetic", 28, 5)
+    assert len(load_digits("synthetic", 28, 6).test_images) == 2
 
 
 def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
@@ -292,13 +425,98 @@ def test_groups_are_columns_with_one_of_each():
     assert datasets.one_of_groups(labels) == ()
 
 
-def test_grey_and_transparent_faces_are_converted(tmp_path):
+def decoded(image, path, **how):
+    """The pixels [64, 64, 3] of an image that is saved and read again; the path's suffix is the format."""
+    image.save(path, **how)
+    return np.asarray(datasets.decode_image(path, 64, 0))
+
+
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+
+
+@pytest.mark.parametrize("name, pixels", [
+    ("png", (RAMP * 65535).astype(np.uint16)), ("tif", (RAMP * 65535).astype(np.uint16)),
+    ("tif", (RAMP * 65535).astype(np.int32)), ("tif", RAMP.astype(np.float32)),
+    ("tif", (RAMP * 255).astype(np.float32)), ("png", (RAMP * 255).astype(np.uint8))])
+def test_grey_of_any_depth_is_scaled_to_a_byte(tmp_path, name, pixels):
+    read = decoded(Image.fromarray(pixels), tmp_path / f"x.{name}")
+    assert read.shape == (64, 64, 3) and np.abs(read - RAMP[..., None] * 255).max() <= 1
+
+
+@pytest.mark.parametrize("pixels", [RAMP * 256, RAMP - 0.5, RAMP * np.nan, (RAMP * 1e6).astype(np.int32)])
+def test_grey_of_unknown_range_is_refused(tmp_path, pixels):
+    pixels = pixels if pixels.dtype == np.int32 else pixels.astype(np.float32)
+    with pytest.raises(UserError, match="x.tif can't be read .ValueError: grey from .* not from 0 to"):
+        decoded(Image.fromarray(pixels), tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("mode, colour, expected, how", [
+    ("RGBA", (1, 2, 3, 0), (255, 255, 255), {}), ("RGBA", (1, 2, 3, 255), (1, 2, 3), {}),
+    ("RGBA", (0, 0, 255, 51), (204, 204, 255), {}), ("LA", (7, 0), (255, 255, 255), {}),
+    ("P", 0, (255, 255, 255), {"transparency": 0}),
+    ("RGB", (1, 2, 3), (255, 255, 255), {"transparency": (1, 2, 3)})])
+def test_transparent_pixels_are_shown_over_white(tmp_path, mode, colour, expected, how):
+    assert (decoded(Image.new(mode, (64, 64), colour), tmp_path / "x.png", **how) == expected).all()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_images_are_turned_as_their_exif_tag_says(tmp_path, suffix):
+    image = Image.new("RGB", (64, 64), "black")
+    image.paste("white", (0, 0, 32, 32))
+    image.paste((128, 128, 128), (32, 0, 64, 32))
+    quarters = []
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        read = decoded(image, tmp_path / f"x.{suffix}", exif=exif)
+        quarters.append("".join(str(round(read[y, x, 0] / 128)) for y in (16, 48) for x in (16, 48)))
+    # EXIF 2.3, tag Orientation: on which sides the file's first row (21) and first column (20) are shown
+    assert quarters == ["2100", "1200", "0012", "0021", "2010", "0201", "0102", "1020"]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.webp"])
+def test_broken_exif_data_are_passed_over(tmp_path, name):
+    exif = b"Exif\0\0no header"
+    assert not decoded(Image.new("RGB", (64, 64)), tmp_path / name, exif=exif).any()
+
+
+def test_no_file_starts_a_program_whatever_its_name(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: started.append(a))
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png", format="EPS")
+    with pytest.raises(UserError, match="x.png can't be read .Unidentified"):
+        datasets.decode_image(tmp_path / "x.png", 64, 0)
+    assert not started
+
+
+def test_faces_are_split_without_a_second_copy_in_memory(tmp_path, monkeypatch):
+    whole, cached = [], datasets.cached
+    monkeypatch.setattr(datasets, "cached", lambda *a: whole.append(cached(*a)) or whole[-1])
     make_faces(tmp_path)
-    Image.new("L", (30, 40), 7).save(tmp_path / "img_align_celeba" / "000.png")
-    Image.new("RGBA", (30, 40), (1, 2, 3, 100)).save(tmp_path / "img_align_celeba" / "001.png")
-    data = load_faces(tmp_path, 16, "Hat")
-    colours = {tuple(image[:, 0, 0].tolist()) for image in torch.cat([data.images, data.test_images])}
-    assert {(7, 7, 7), (1, 2, 3)} <= colours
+    for _ in range(2):  # decoded, then from the cache
+        data = load_faces(tmp_path, 16, "Hat")
+        assert data.images.data_ptr() == whole[-1]["images"].data_ptr()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_celeba_is_read_as_kaggle_has_it(tmp_path, nested):
+    folder = make_faces(tmp_path / "celeba")
+    expected = load_faces(folder, 16, "Hat,Young")
+    lines = (folder / "list_attr_celeba.txt").read_text().splitlines()
+    rows = [",".join(line.split()) for line in lines[1:]]
+    (folder / "list_attr_celeba.txt").unlink()
+    (folder / "list_attr_celeba.csv").write_text("\n".join([f"image_id,{rows[0]}", *rows[1:]]))
+    if nested:
+        (folder / "img_align_celeba").rename(tmp_path / "inner")
+        (folder / "img_align_celeba").mkdir()
+        (tmp_path / "inner").rename(folder / "img_align_celeba" / "img_align_celeba")
+    data = load_faces(folder, 16, "Hat,Young")
+    assert data.digest == expected.digest and data.name == "CelebA"
+    assert torch.equal(data.images, expected.images) and torch.equal(data.test_labels, expected.test_labels)
+    rows[4] = rows[4].replace("-1", "2", 1)
+    (folder / "list_attr_celeba.csv").write_text("\n".join([f"image_id,{rows[0]}", *rows[1:]]))
+    with pytest.raises(UserError, match="csv can't be read .ValueError: line 5: '003.png,.*2"):
+        load_faces(folder, 16, "Hat")
 
 
 def test_a_damaged_face_is_named_and_can_be_skipped(tmp_path, capsys):
@@ -316,6 +534,25 @@ def test_a_damaged_face_is_named_and_can_be_skipped(tmp_path, capsys):
             assert label.tolist() == [image[0, 0, 0].item() // 10 % 2]
 
 
+def test_missing_faces_can_be_left_out(tmp_path, capsys):
+    make_faces(tmp_path, n=25)
+    for i in (0, 3, 7):
+        (tmp_path / "img_align_celeba" / f"{i:03}.png").unlink()
+    relink(tmp_path / "img_align_celeba" / "011.png")
+    with pytest.raises(UserError, match="000.png is missing .4 of 25"):
+        load_faces(tmp_path, 16, "Hat")
+    for _ in range(2):  # decoded, then from the cache
+        data = load_faces(tmp_path, 16, "Big_Nose", skip_bad_images=True)
+        assert len(data.images) + len(data.test_images) == 21
+        assert "left out 4 unusable images" in capsys.readouterr().out
+        for image, label in zip(data.images, data.labels, strict=True):
+            assert label.tolist() == [image[0, 0, 0].item() // 10 % 2]
+    for path in (tmp_path / "img_align_celeba").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="CelebA: 0 images are too few"):
+        load_faces(tmp_path, 16, "Hat", skip_bad_images=True)
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda t: t.replace("20\n", "21\n", 1), "21 rows announced, 20 found"),
     (lambda t: "\n".join(t.splitlines()[:9]), "20 rows announced, 7 found"),
@@ -324,8 +561,9 @@ def test_a_damaged_face_is_named_and_can_be_skipped(tmp_path, capsys):
     (lambda t: t.replace("004.png", "003.png"), "line 7"),
     (lambda t: t.replace("004.png", "040.png"), "040.png is missing"),
     (lambda t: t.replace("20\n", "", 1), "can't be read .ValueError"),
-    (lambda t: "", "can't be read .IndexError"),
-    (lambda t: t.replace("Big_Nose Hat Young", ""), "0 attributes"),
+    (lambda t: "", "can't be read .ValueError"),
+    (lambda t: t.replace("Big_Nose Hat Young", ""), "0 different attributes"),
+    (lambda t: t.replace("Hat Young", "Hat Hat"), "2 different attributes"),
 ])
 def test_malformed_attribute_files_are_refused(tmp_path, change, message):
     table = make_faces(tmp_path) / "list_attr_celeba.txt"
