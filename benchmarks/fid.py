@@ -8,10 +8,8 @@
 FID is common/fid.py's: the 2015-12-05 Inception weights and pytorch-fid's pipeline.
 """
 import sys
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.cli import Parser  # noqa: E402
-from common.errors import UserError, exit_status  # noqa: E402
+from common.datasets import FORMATS, Threads  # noqa: E402
+from common.errors import UserError, exit_status, reading  # noqa: E402
 from common.fid import Moments, features, frechet_distance, load_inception  # noqa: E402
 from common.system import pick_device, write_whole  # noqa: E402
 
@@ -45,19 +44,16 @@ class Statistics:
     @classmethod
     def load(cls, path: Path) -> "Statistics":
         """Read what save() or pytorch-fid wrote; raises UserError for anything else."""
-        try:
+        with reading(path, ".npz statistics as --save-stats writes them: mu [D], sigma [D, D] and perhaps n"):
             with np.load(path) as f:
                 mu, sigma = (np.asarray(f[key], np.float64) for key in ("mu", "sigma"))
                 count = int(f["n"]) if "n" in f else None
-        except KeyError:
-            raise UserError(f"{path} has no arrays mu and sigma: write it with --save-stats") from None
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            reason = str(error).split("\n")[0][:100]
-            raise UserError(f"{path} can't be read as .npz statistics ({reason}): write it again") from None
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise UserError(f"{path} should hold mu [D] and sigma [D, D], has {mu.shape} and {sigma.shape}")
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise UserError(f"{path} has NaN or infinite values: write it again from images that have none")
+            if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
+                raise ValueError(f"the shapes are {mu.shape} and {sigma.shape}")
+            if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                raise ValueError("NaN or infinite values: write it again from images that have none")
+            if count is not None and count < 2:
+                raise ValueError(f"of {count} images, at least 2 are needed")
         return cls(mu, sigma, count)
 
 
@@ -113,18 +109,18 @@ def _squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------- folders of images
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The images directly in a folder, sorted, by the suffixes that pytorch-fid knows.
+    """The images directly in a folder, sorted, by the suffixes that pytorch-fid knows, in any case.
 
-    Raises UserError for a missing folder, fewer than two images, an unreadable one, or several sizes.
+    What macOS leaves beside files (._NAME) is passed over. Raises UserError for a missing folder, fewer than
+    two images, an unreadable one, or several sizes.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of images (statistics end in .npz)")
-    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    with reading(folder, "a folder of images (statistics end in .npz)"):
+        files = sorted(p for p in Path(folder).iterdir()
+                       if p.suffix.lower() in SUFFIXES and not p.name.startswith("._"))
     if len(files) < 2:
         raise UserError(f"{folder} has {len(files) or 'no'} image{'s'[len(files):]}, at least 2 are needed, "
                         f"directly in it, ending in {' '.join(sorted(SUFFIXES))}")
-    with ThreadPoolExecutor() as pool:
+    with Threads() as pool:
         sizes = list(pool.map(lambda file: _look(file, lambda image: image.size), files))
     for file, size in zip(files, sizes, strict=True):
         if size != sizes[0]:
@@ -137,7 +133,7 @@ def read_images(
     files: list[Path], batch_size: int, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
     """Batches uint8 [N, 3, H, W] of the files in order, decoded by threads up to two batches ahead."""
-    with ThreadPoolExecutor(4) as pool:
+    with Threads(4) as pool:
         ahead = deque()
         for i in range(0, len(files), batch_size):
             ahead.append([pool.submit(_look, file, lambda image: np.array(image.convert("RGB")))
@@ -154,11 +150,8 @@ def _stack(pending: list, device: torch.device | str) -> torch.Tensor:
 
 def _look(file: Path, at: Callable):
     """at(image) of the open image; raises UserError for a damaged file."""
-    try:
-        with Image.open(file) as image:
-            return at(image)
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise UserError(f"{file} can't be read as an image ({error}): replace or remove it") from None
+    with reading(file, "an image: replace or remove it"), Image.open(file, formats=FORMATS) as image:
+        return at(image)
 
 
 # ---------------------------------------------------------------------- command line

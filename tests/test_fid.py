@@ -6,7 +6,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from scipy import linalg
 
 from benchmarks import fid as fids
@@ -276,7 +276,7 @@ def test_the_command_line(call, folders, measured, weights):
 
 def test_bad_folders(refuses, folders, weights, tmp_path):
     a = folders[0]
-    refuses("nowhere", a, message="nowhere: no such folder")
+    refuses("nowhere", a, message="nowhere can't be read (FileNotFoundError")
     (tmp_path / "empty").mkdir()
     refuses(a, "empty", message="empty has no images, at least 2")
     one = pictures(tmp_path / "one", 1, 0)
@@ -287,25 +287,63 @@ def test_bad_folders(refuses, folders, weights, tmp_path):
     for name, damage in (("header", lambda b: b"no image"), ("pixels", lambda b: b[: len(b) // 2])):
         corrupt = pictures(tmp_path / name, 3, 0)
         (corrupt / "1.png").write_bytes(damage((corrupt / "1.png").read_bytes()))
-        refuses(corrupt, a, "--fid-weights", weights[0], message="1.png can't be read as an image")
+        refuses(corrupt, a, "--fid-weights", weights[0], message="1.png can't be read (")
+    (corrupt / "1.png").unlink()
+    (corrupt / "1.png").symlink_to("nowhere")  # part of the folder is not measured without a word
+    refuses(corrupt, a, message="1.png can't be read (FileNotFoundError")
+
+
+def test_the_files_measured_are_images_by_name_and_by_content(tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "some", 4, 0)
+    (folder / "2.png").rename(folder / "2.PNG")
+    Image.open(folder / "3.png").save(folder / "3.Jpeg")
+    for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (folder / name).write_bytes(b"left by a file manager")
+    assert [p.name for p in fids.list_images(folder)] == ["0.png", "1.png", "2.PNG", "3.Jpeg", "3.png"]
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: started.append(a))
+    Image.new("RGB", (40, 32)).save(folder / "0.png", format="EPS")
+    with pytest.raises(UserError, match="0.png can't be read .Unidentified"):
+        next(fids.read_images([folder / "0.png"], 1))
+    assert not started
+
+
+@pytest.mark.parametrize("image", [
+    Image.new("RGBA", (40, 32), (9, 8, 7, 0)), Image.fromarray(np.full((32, 40), 999, np.uint16)),
+    Image.new("P", (40, 32), 3)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_pixels_are_those_that_pytorch_fid_reads(tmp_path, reference, image, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "x.png", exif=exif)
+    expected = reference.ImagePathDataset([tmp_path / "x.png"], np.array)[0]
+    assert np.array_equal(next(fids.read_images([tmp_path / "x.png"], 1))[0].permute(1, 2, 0), expected)
 
 
 def test_bad_statistics(refuses, folders, tmp_path):
     eye, good = np.eye(3), tmp_path / "good.npz"
     indefinite, skewed = eye + 2 * eye[[1, 0, 2]], eye + np.eye(3, k=1) / 2
     np.savez(good, mu=np.zeros(3), sigma=eye)
-    for message, arrays in (("no arrays mu and sigma", {"mu": np.zeros(3)}),
+    for message, arrays in (("it should be .npz statistics", {"mu": np.zeros(3)}),
                             ("NaN or infinite", {"mu": np.zeros(3), "sigma": eye * np.nan}),
-                            ("should hold mu [D]", {"mu": np.zeros(3), "sigma": np.eye(4)}),
+                            ("the shapes are (3,) and (4, 4)", {"mu": np.zeros(3), "sigma": np.eye(4)}),
+                            ("the shapes are (0,)", {"mu": np.zeros(0), "sigma": np.zeros((0, 0))}),
+                            ("OverflowError", {"mu": np.zeros(3), "sigma": eye, "n": np.inf}),
+                            ("of -5 images", {"mu": np.zeros(3), "sigma": eye, "n": -5}),
                             ("3 and 4 dimensions", {"mu": np.zeros(4), "sigma": np.eye(4)}),
                             ("not a covariance", {"mu": np.zeros(3), "sigma": indefinite}),
                             ("not a covariance", {"mu": np.zeros(3), "sigma": skewed}),
-                            ("can't be read as .npz", {"mu": np.array(["x"] * 3), "sigma": eye})):
+                            ("could not convert string", {"mu": np.array(["x"] * 3), "sigma": eye})):
         np.savez(tmp_path / "bad.npz", **arrays)
         refuses("good.npz", "bad.npz", message=message)
-    for content in (b"", b"no zip at all", good.read_bytes()[:-30], good.read_bytes()[:60]):
+    whole = good.read_bytes()
+    at = whole.index(b"PK\1\2")  # the central directory, whose flags and compression follow
+    encrypted, unknown = (whole[:i] + bytes([x]) + whole[i + 1:] for i, x in ((at + 8, 1), (at + 10, 99)))
+    header = whole.replace(b"'fortran_order'", b"(((((((((((((((")
+    huge = whole.replace(b"(3,), }        ", b"(3000000000000,)}")
+    for content in (b"", b"no zip at all", whole[:-30], whole[:60], encrypted, unknown, header, huge):
         (tmp_path / "bad.npz").write_bytes(content)
-        refuses("bad.npz", "good.npz", message="bad.npz can't be read as .npz")
+        refuses("bad.npz", "good.npz", message="bad.npz can't be read (")
     refuses("missing.npz", "good.npz", message="missing.npz can't be read")
     refuses("good.npz", folders[0], message="3 and 2048 dimensions can't be compared")
     refuses("good.npz", folders[0], "--kid", message="need two folders")
