@@ -25,7 +25,7 @@ from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common.cli import ACTIONS, FREE_ON_RESUME, Parser, flag, parse, stored_config  # noqa: E402
+from common.cli import ACTIONS, SPANS, Parser, flag, parse, stored_config  # noqa: E402
 from common.errors import Stopped, UserError, exit_status  # noqa: E402
 from common.system import free_folder, write_whole  # noqa: E402
 
@@ -47,7 +47,7 @@ class Job:
             free_folder(str(self.folder), "")
             return
         given = {k: v for k, v in vars(cfg).items() if k not in ("out", "device", "iters") and v != "auto"}
-        stored = stored_config(module.Config, self.folder, given, FREE_ON_RESUME)
+        stored = stored_config(module.Config, self.folder, f"{self.script}.py", given, SPANS)
         if cfg.iters < stored.iters:
             raise UserError(f"{self.folder} was made with --iters {stored.iters}: fewer need another --out")
 
@@ -61,7 +61,7 @@ class Job:
     def command(self) -> list[str]:
         target = ["--out", str(self.folder), *self.flags]
         if (self.folder / "config.json").exists():
-            free = [x for name in FREE_ON_RESUME for x in (flag(name), str(getattr(self.cfg, name)))]
+            free = [x for name in SPANS for x in (flag(name), str(getattr(self.cfg, name)))]
             target = ["--resume", str(self.folder), *free]
         return [sys.executable, str(ROOT / f"{self.script}.py"), *target]
 

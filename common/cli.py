@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,8 +12,8 @@ from common.errors import UserError, reading
 
 ACTIONS = {"resume": "continue", "sample": "save pictures of", "eval": "score"}
 # the fields that --resume may change, and those that --sample and --eval may
-FREE_ON_RESUME = ("iters lr lr_g lr_d log_every sample_every eval_every save_every "
-                  "device precision deterministic data").split()
+SPANS = "iters log_every sample_every eval_every save_every".split()
+FREE_ON_RESUME = [*SPANS, *"lr lr_g lr_d device precision deterministic data".split()]
 FREE_ON_USE = "device precision data judge seed eval_draws eval_images fid_weights pairs category".split()
 LEAST = dict(batch_size=2, eval_images=2, judge_width=4)  # counts whose least is not 1
 LARGEST = 10**9  # nothing needs more, and a seed of 10¹³ would overflow
@@ -41,8 +42,9 @@ class Settings:
             if value not in choices if choices else not isinstance(value, (int, kind)[kind is not float:]):
                 raise UserError(f"{flag(name)} {value!r}: must be {choices or kind.__name__}")
             least = LEAST.get(name, int(kind is int and default > 0 and not name.endswith("_every")))
-            if kind in (int, float) and not least <= value <= LARGEST:
-                raise UserError(f"{flag(name)} {value}: must be at least {least} and at most {LARGEST:,}")
+            most = LARGEST if kind is int else sys.float_info.max
+            if kind in (int, float) and not least <= value <= most:
+                raise UserError(f"{flag(name)} {value}: must be at least {least} and at most {most:,}")
             if name in ("ema", "beta1", "beta2", "flip_labels") and value >= 1:
                 raise UserError(f"{flag(name)} {value}: must be below 1")
 
