@@ -45,8 +45,8 @@ class Config(Settings):
     kl_weight: float = 1.0  # of KL in the loss; below 1 sharper reconstructions, and worse samples
 
 
-QUICK = dict(iters=1500, ch=8, image_size=64, n_synthetic=4000, log_every=50, sample_every=150,
-             eval_every=500, save_every=500, judge_width=16, judge_steps=1000, eval_images=1000)
+QUICK = dict(iters=6000, lr=1e-3, ch=16, image_size=64, kl_weight=0.3, n_synthetic=4000, log_every=100,
+             sample_every=300, eval_every=2000, save_every=1000, eval_images=1000)
 
 
 # ---------------------------------------------------------------------- networks
