@@ -19,7 +19,7 @@ from torch import nn
 
 import evaluator
 from common import losses
-from common.blocks import Average, frozen, init_dcgan
+from common.blocks import Average, frozen, init_dcgan, noisy
 from common.cli import Settings
 from common.datasets import Batches, Data, load_digits
 from common.pictures import save_grid
@@ -36,6 +36,8 @@ class Config(Settings):
     hidden_dim: int = 16  # width: feature maps of the layers nearest the image
     net: Literal["conv", "mlp"] = "conv"  # DCGAN, or fully connected layers in both networks
     ema: float = 0.0  # decay of the averaged G that is sampled and scored; 0: G itself
+    noise: float = 0.0  # standard deviation of the noise on all images that D sees, at the start
+    noise_iters: int = 5000  # iterations in which the noise falls to 0
     data: str = "auto"  # auto (MNIST if available, else synthetic), mnist, synthetic, or a folder of MNIST
     n_synthetic: int = 60_000  # synthetic digits to train on
     eval_images: int = 10_000  # generated images per draw that are scored
@@ -100,11 +102,11 @@ class Discriminator(nn.Sequential):
 # ---------------------------------------------------------------------- one step of D, one of G
 
 def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
-           autocast=nullcontext) -> dict[str, torch.Tensor]:
+           noise: float = 0.0, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update D with real and generated images [B, 1, 32, 32]; d_real, d_fake: means of D(x), D(G(z))."""
     with autocast():
         # two passes, because real and fake images each need their own batch-norm statistics
-        score_real, score_fake = D(real).float(), D(fake.detach()).float()
+        score_real, score_fake = (D(noisy(x, noise)).float() for x in (real, fake.detach()))
     loss = losses.bce_d(score_real, score_fake)
     opt.zero_grad()
     loss.backward()
@@ -113,10 +115,10 @@ def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: t
 
 
 def g_step(D: nn.Module, opt: torch.optim.Optimizer, fake: torch.Tensor,
-           autocast=nullcontext) -> dict[str, torch.Tensor]:
+           noise: float = 0.0, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update G by its images fake = G(z), still attached to it; d_fake_updated: D(G(z)) after D's update."""
     with frozen(D), autocast():
-        score = D(fake).float()
+        score = D(noisy(fake, noise)).float()
     loss = losses.bce_g(score)
     opt.zero_grad()
     loss.backward()
@@ -181,8 +183,9 @@ def main(run: Run) -> None:
         real, _ = batches(step - 1)
         with run.autocast():
             fake = G(torch.randn(len(real), cfg.latent_dim, device=device))
-        run.record(**d_step(D, opt_d, real, fake, run.autocast))
-        run.record(**g_step(D, opt_g, fake, run.autocast))
+        std = cfg.noise * max(0, 1 - step / cfg.noise_iters)
+        run.record(**d_step(D, opt_d, real, fake, std, run.autocast))
+        run.record(**g_step(D, opt_g, fake, std, run.autocast))
         ema.update(step)
 
         if run.due("sample"):
