@@ -58,8 +58,8 @@ class Config(Settings):
                             f"{self.category} below it")
 
 
-QUICK = dict(iters=9000, batch_size=64, ch=32, image_size=32, ema=0.99, noise=1.0, log_every=100,
-             sample_every=300, eval_every=3000, save_every=1000, judge_steps=1000, eval_images=2000)
+QUICK = dict(iters=9000, batch_size=64, ch=32, image_size=32, ema=0.99, noise=2.0, noise_iters=6000,
+             log_every=100, sample_every=300, eval_every=3000, save_every=1000, eval_images=2000)
 
 
 # ---------------------------------------------------------------------- networks
