@@ -92,7 +92,9 @@ class Run:
             except UserError as error:
                 if name == names[-1]:
                     raise
-                print(f"*** {error}. Resuming from an older checkpoint ***")
+                print(f"*** {error} ***")
+        if name != "last":
+            print(f"*** no good last.pt: resuming from {name}.pt, at iteration {state['step']} ***")
         if state["step"] > self.cfg.iters:
             raise UserError(f"--iters {self.cfg.iters}: {self.folder} is already at {state['step']}")
         self.step, self.best, self.means = state["step"], state["best"], state["means"]

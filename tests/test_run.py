@@ -281,7 +281,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
         (folder / "last.pt").write_bytes(whole)
         damage(folder / "last.pt")
         assert new_run(tmp_path, "resume").step == 5  # that of previous.pt
-    assert "last.pt can't be read" in capsys.readouterr().out
+        assert "no good last.pt: resuming from previous.pt, at iteration 5" in capsys.readouterr().out
     flip_a_bit(folder / "previous.pt")
     assert new_run(tmp_path, "resume").step == 4  # best.pt
     flip_a_bit(folder / "best.pt")
