@@ -146,8 +146,8 @@ def trained_judge(cfg, data: Data, device: torch.device) -> Path:
     path = JUDGES / f"{data.kind}-{data.digest}-w{cfg.judge_width}-{cfg.judge_steps}.pt"
     if not path.is_file():
         print(f"training a judge of {data.name}, once: width {cfg.judge_width}, {cfg.judge_steps} steps")
+        path.parent.mkdir(parents=True, exist_ok=True)  # an error before the training, not after it
         net = train_judge(data, cfg.judge_width, cfg.judge_steps, device)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {"model": net.state_dict(), "held_out": held_out_scores(net, data), "data": data.name}
         write_whole(path, lambda p: torch.save(content, p))
     return path
@@ -391,6 +391,8 @@ def score_fid(sample: Sampler, net: Inception, real: torch.Tensor, n: int, draws
         fake = moments(sample(min(100, n - i), g)[0] for i in range(0, n, 100))
         return {"FID": distance(reference, fake)}
 
+    if len(real) < 2048:
+        print(f"FID of {len(real):,} real images, fewer than 2,048, is biased: compare equal numbers only")
     reference = moments(part.to(device) for part in real.split(100))
     return over_draws(once, draws, seed)["FID"]
 

@@ -28,7 +28,7 @@ from common import datasets  # noqa: E402
 from common.cli import Parser, parse  # noqa: E402
 from common.errors import UserError, exit_status  # noqa: E402
 from common.pictures import names_of, save_grid  # noqa: E402
-from common.system import pick_device, write_whole  # noqa: E402
+from common.system import pick_device, write_json, write_whole  # noqa: E402
 
 
 @dataclass
@@ -94,7 +94,7 @@ def jobs_of(args, size: str) -> list[Job]:
 
 def load(folder: Path, key: str) -> tuple:
     """G of a run's last checkpoint, averaged ("ema") or not ("G"); its config and data."""
-    stored = json.loads((folder / "config.json").read_text())
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     script = importlib.import_module(stored["script"][:-3])
     cfg = script.Config(**stored["config"])
     data = datasets.load_iclevr(cfg)
@@ -118,7 +118,7 @@ def scores(args, row: str, seed: int) -> dict[str, float] | None:
             def sample(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
                 return G(z.to(device), y.to(device))
             found = evaluator.score_sets(sample, cfg.z_dim, judge, data.tests, cfg.eval_draws, cfg.seed + 1)
-            write_whole(path, lambda p: p.write_text(json.dumps(found)))
+            write_json(path, found)
         kept = json.loads(path.read_text())
     return {test: kept[f"accuracy {test}"][0] for test in ("test", "new_test")}
 
@@ -254,12 +254,12 @@ def main() -> int:
     print(f"\n{what}:\n\n{markdown(found)}")
     keep = args.keep or args.out / "ablations"
     sittings = [sitting for path in args.out.glob("*/config.json")
-                for sitting in json.loads(path.read_text())["sittings"]]
+                for sitting in json.loads(path.read_text(encoding="utf-8"))["sittings"]]
     circumstances = {k: ", ".join(sorted({sitting[k] for sitting in sittings}))
                      for k in ("commit", "hardware", "torch")}
     command = f"benchmarks/ablations.py{' --full' * args.full} --data {args.data} --seeds {args.seeds}"
     content = {"command": command, "what": what, **circumstances, "rows": found}
-    write_whole(keep.with_suffix(".json"), lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(keep.with_suffix(".json"), content)
     save_strips(args, found, keep.with_suffix(".png"))
     return 0
 

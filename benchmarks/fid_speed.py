@@ -9,7 +9,6 @@ Rounds alternate; medians over the rounds, and of the rounds' ratios, are printe
 written. memory: the peak of a process, by the number of images: of Moments alone, and of the whole pipeline.
 """
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -183,10 +182,10 @@ def main() -> int | None:
     for name, figures in result.items():
         print(f"{name}: " + ", ".join(f"{k} {v:.6g}" for k, v in figures.items()))
     if args.json:
-        from common.system import circumstances
+        from common.system import circumstances, write_json
         result["command"] = " ".join(["benchmarks/fid_speed.py", *sys.argv[1:]])
         result |= circumstances(torch.device("cpu"))
-        Path(args.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_json(Path(args.json), result)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.sweep import DIVERGED, Job, seconds_per_iteration, train_all  # noqa: E402
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, exit_status  # noqa: E402
-from common.system import write_whole  # noqa: E402
+from common.system import write_json  # noqa: E402
 
 ROWS = {
     "sngan_iclevr": {
@@ -117,12 +117,13 @@ def main() -> None:
         if found := scores(job.folder):
             rows.setdefault(row, []).append(found)
     print(markdown(rows))
-    sitting = json.loads((next(iter(jobs.values())).folder / "config.json").read_text())["sittings"][0]
+    path = next(iter(jobs.values())).folder / "config.json"
+    sitting = json.loads(path.read_text(encoding="utf-8"))["sittings"][0]
     command = f"benchmarks/recipes.py {args.script} --seeds {args.seeds} --minutes {args.minutes:g}"
     content = {"command": command, "recipes": rows,
                **{k: sitting[k] for k in ("commit", "hardware", "torch")}}
     keep = args.keep or out / "recipes.json"
-    write_whole(keep, lambda p: p.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
+    write_json(keep, content)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ class Job:
             return True
         if not (self.folder / "scores.json").exists():
             return False
-        return json.loads((self.folder / "config.json").read_text())["config"]["iters"] == self.cfg.iters
+        stored = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return stored["config"]["iters"] == self.cfg.iters
 
     def command(self) -> list[str]:
         target = ["--out", str(self.folder), *self.flags]

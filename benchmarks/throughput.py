@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
 import subprocess
 import sys
 import tempfile
@@ -40,7 +39,7 @@ from common import datasets  # noqa: E402
 from common.cli import Parser, Settings, flag, parse  # noqa: E402
 from common.errors import UserError, exit_status  # noqa: E402
 from common.run import Run  # noqa: E402
-from common.system import circumstances, pick_device, write_whole  # noqa: E402
+from common.system import circumstances, pick_device, write_json  # noqa: E402
 
 NAMES = ("dcgan_mnist", "infogan_mnist", "acgan_celeba", "vae_celeba", "cdcgan_iclevr", "sngan_iclevr")
 WAYS = ("script", "fp32", "usual")
@@ -201,8 +200,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)  # what circumstances reads
         command = " ".join(["benchmarks/throughput.py", *sys.argv[1:]])
         content = {"scripts": results, "command": command, **circumstances(device)}
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        write_whole(args.json, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(args.json, content)
 
 
 if __name__ == "__main__":

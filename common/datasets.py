@@ -111,7 +111,7 @@ def load_iclevr(cfg) -> Data:
     labels = torch.tensor([train[name] for name in names])
     scene = np.unique([name.rsplit("_", 1)[0] for name in names], return_inverse=True)[1]
     return Data("i-CLEVR", "scenes", source, images, labels, tuple(sorted(ids, key=ids.get)),
-                digest_of(pixels, labels), scene=torch.from_numpy(scene), tests=tests)
+                digest_of(pixels, labels, *tests.values()), scene=torch.from_numpy(scene), tests=tests)
 
 
 def read_iclevr_lists(folder: Path) -> tuple[dict, dict, dict]:

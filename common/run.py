@@ -207,7 +207,7 @@ class Run:
 
     def write_scores(self, scores: dict) -> None:
         """Write scores.json, the mark of a finished run."""
-        self._write_json("scores", scores)
+        system.write_json(self.folder / "scores.json", scores)
 
     # ------------------------------------------------------------------ the folder
 
@@ -229,17 +229,13 @@ class Run:
         self.sittings.append({"from_step": self.step, "command": " ".join([self.script.name, *sys.argv[1:]]),
                               **system.circumstances(self.device)})
         content = {"script": self.script.name, "config": vars(self.cfg), "sittings": self.sittings}
-        self._write_json("config", content)
+        system.write_json(self.folder / "config.json", content)
         with contextlib.suppress(Exception):  # TensorBoard is optional, and may be broken in any way
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step)
         print(f"run: {self.folder}")
         before = float(self.rows[-1]["seconds"]) if self.rows else 0.0  # trained in earlier sittings
         self.mark, self.started = (time.monotonic(), self.step), time.monotonic() - before
-
-    def _write_json(self, name: str, content: dict) -> None:
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        system.write_whole(self.folder / f"{name}.json", lambda p: p.write_text(text, encoding="utf-8"))
 
     def _write_table(self) -> None:
         """Write all of metrics.csv, with the columns that the rows have by now."""

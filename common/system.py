@@ -2,6 +2,7 @@
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import platform
 import re
@@ -85,6 +86,11 @@ def write_whole(path: Path, write: Callable[[Path], None], previous: Path | None
         raise OSError(f"{path} can't be written, is the disk full? ({str(error)[:80]})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ SCRIPTS = (
 
 def figures(folder: Path) -> dict:
     """What is kept of a run: config, scores, seconds."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     last_row = (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
     pace = seconds_per_iteration(folder / "metrics.csv")

@@ -13,4 +13,4 @@ def rendering(renderer, n: int, size: int, keys: tuple[str, ...]) -> tuple[Path,
         print(f"rendering {n:,} synthetic {code.stem} at {size}×{size} …", flush=True)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return dict(zip(keys, renderer.render(n, size, device=device), strict=True))
-    return Path(f"data/cache/{code.stem}-{size}-{n}.pt"), code.read_text(), render
+    return Path(f"data/cache/{code.stem}-{size}-{n}.pt"), code.read_text(encoding="utf-8"), render
