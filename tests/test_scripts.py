@@ -207,22 +207,6 @@ def test_other_settings_and_other_runs_are_refused(finished, refuses, name):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-@pytest.mark.parametrize("command, message", [
-    ("dcgan_mnist --net transformer", "invalid choice"),
-    ("infogan_mnist --n-categories 1", "--n-categories 1 must be at least 2"),
-    ("infogan_mnist --category 10", "--category 10 below it"),
-    ("acgan_celeba --loss wgan-clip --d-norm spectral", "clipping does nothing"),
-    ("acgan_celeba --data synthetic --image-size 32 --n-synthetic 10", "10 images are too few"),
-    ("sngan_iclevr --flip-labels 1.1", "--flip-labels 1.1: must be below 1"),
-    ("sngan_iclevr --label-embed mean", "invalid choice"),
-    ("sngan_iclevr --device cuda:99", "cuda:99 is not available"),
-    ("cdcgan_iclevr --d-cond linear", "invalid choice"),
-])
-def test_bad_values_are_refused(refuses, command, message):
-    name, *argv = command.split()
-    refuses(name, *argv, message=message)
-
-
 def test_resuming_with_other_images_is_refused(here, iclevr):
     fields = dict(iters=2, batch_size=4, data=str(iclevr), judge="none")
     folder = run_here("sngan_iclevr", **fields)
