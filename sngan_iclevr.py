@@ -275,9 +275,8 @@ def main(run: Run) -> None:
     D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_net, cfg.d_norm, cfg.label_embed)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     ema = Average(G, cfg.ema)  # what is sampled and scored
-    betas = cfg.beta1, cfg.beta2
-    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, betas, fused=True)
-    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, betas, fused=True)
+    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
     run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
     judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
 
@@ -288,6 +287,8 @@ def main(run: Run) -> None:
     def sample(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return ema(z.to(device), labels.to(device))
 
+    if cfg.lr_decay_from:
+        print(f"learning rates fall from iteration {cfg.lr_decay_from:,} on, to 0 at --iters {cfg.iters:,}")
     for step in run.steps():
         if cfg.lr_decay_from and step > cfg.lr_decay_from:
             left = (cfg.iters - step + 1) / (cfg.iters - cfg.lr_decay_from)
