@@ -19,7 +19,7 @@ from torch import nn
 
 import evaluator
 from common import losses
-from common.blocks import Average, frozen, init_dcgan, noisy
+from common.blocks import Average, frozen, init_dcgan
 from common.cli import Settings
 from common.datasets import Batches, Data, load_digits
 from common.pictures import save_grid
@@ -36,8 +36,11 @@ class Config(Settings):
     hidden_dim: int = 16  # width: feature maps of the layers nearest the image
     net: Literal["conv", "mlp"] = "conv"  # DCGAN, or fully connected layers in both networks
     ema: float = 0.0  # decay of the averaged G that is sampled and scored; 0: G itself
-    noise: float = 0.0  # standard deviation of the noise on all images that D sees, at the start
-    noise_iters: int = 5000  # iterations in which the noise falls to 0
+    d_norm: Literal["batch", "none"] = "batch"  # D's norm
+    loss: Literal["bce", "paired"] = "bce"  # minimax, or of pairs of a real and a generated image
+    gamma: float = 0.0  # γ of the penalties R1 and R2 on D's gradients at real and generated images; 0: none
+    beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
+    beta2: float = 0.999  # and of its square's
     data: str = "auto"  # auto (MNIST if available, else synthetic), mnist, synthetic, or a folder of MNIST
     n_synthetic: int = 60_000  # synthetic digits to train on
     eval_images: int = 10_000  # generated images per draw that are scored
@@ -46,8 +49,9 @@ class Config(Settings):
     pairs: int = 5  # pairs of z in the interpolation grids
 
 
-QUICK = dict(iters=1500, batch_size=64, lr_g=1e-3, lr_d=5e-4, ema=0.99, log_every=50, sample_every=100,
-             eval_every=500, save_every=500, judge_steps=1000, eval_images=2000)
+QUICK = dict(iters=8000, batch_size=64, lr_g=1e-3, lr_d=1e-3, hidden_dim=32, ema=0.995, d_norm="none",
+             loss="paired", gamma=0.5, beta1=0.0, beta2=0.99, log_every=100, sample_every=250,
+             eval_every=2000, save_every=1000, eval_images=2000)
 
 
 # ---------------------------------------------------------------------- networks
@@ -79,16 +83,17 @@ class Generator(nn.Sequential):
 class Discriminator(nn.Sequential):
     """images [B, 1, 32, 32] → logits [B, 1]; the sigmoid is in the loss."""
 
-    def __init__(self, net: str, h: int):
-        act = nn.LeakyReLU(0.2)
+    def __init__(self, net: str, h: int, norm: str = "batch"):
+        act, plain = nn.LeakyReLU(0.2), norm == "none"
 
         def down(i: int, o: int) -> list[nn.Module]:
-            return [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), act]
+            return [nn.Conv2d(i, o, 4, 2, 1, bias=plain), nn.Identity() if plain else nn.BatchNorm2d(o), act]
 
         if net == "mlp":
             layers = [nn.Flatten(),
                       nn.Linear(32 * 32, 32 * h), act,
-                      nn.Linear(32 * h, 16 * h, bias=False), nn.BatchNorm1d(16 * h), act,
+                      nn.Linear(32 * h, 16 * h, bias=plain),
+                      nn.Identity() if plain else nn.BatchNorm1d(16 * h), act,
                       nn.Linear(16 * h, 1)]
         else:
             layers = [nn.Conv2d(1, h, 4, 2, 1), act,  # [B, h, 16, 16]; no norm next to the image
@@ -102,28 +107,35 @@ class Discriminator(nn.Sequential):
 # ---------------------------------------------------------------------- one step of D, one of G
 
 def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
-           noise: float = 0.0, autocast=nullcontext) -> dict[str, torch.Tensor]:
+           loss: str = "bce", gamma: float = 0.0, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update D with real and generated images [B, 1, 32, 32]; d_real, d_fake: means of D(x), D(G(z))."""
+    fake = fake.detach()
     with autocast():
         # two passes, because real and fake images each need their own batch-norm statistics
-        score_real, score_fake = (D(noisy(x, noise)).float() for x in (real, fake.detach()))
-    loss = losses.bce_d(score_real, score_fake)
+        score_real, score_fake = D(real).float(), D(fake).float()
+    d_loss = (losses.paired if loss == "paired" else losses.bce_d)(score_real, score_fake)
+    if gamma:  # an eighth of each kind is enough
+        some = torch.cat([real[::8], fake[::8].float()])
+        d_loss = d_loss + gamma * losses.zero_centred_penalty(D, some)
     opt.zero_grad()
-    loss.backward()
+    d_loss.backward()
     opt.step()
-    return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean())
+    return dict(d_loss=d_loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean())
 
 
-def g_step(D: nn.Module, opt: torch.optim.Optimizer, fake: torch.Tensor,
-           noise: float = 0.0, autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update G by its images fake = G(z), still attached to it; d_fake_updated: D(G(z)) after D's update."""
+def g_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
+           loss: str = "bce", autocast=nullcontext) -> dict[str, torch.Tensor]:
+    """Update G by its images fake = G(z), still attached to it; real ones are for pairs only.
+
+    d_fake_updated: the mean of D(G(z)) after D's update.
+    """
     with frozen(D), autocast():
-        score = D(noisy(fake, noise)).float()
-    loss = losses.bce_g(score)
+        score = D(fake).float()
+        g_loss = losses.paired(score, D(real).float()) if loss == "paired" else losses.bce_g(score)
     opt.zero_grad()
-    loss.backward()
+    g_loss.backward()
     opt.step()
-    return dict(g_loss=loss, d_fake_updated=score.sigmoid().mean())
+    return dict(g_loss=g_loss, d_fake_updated=score.sigmoid().mean())
 
 
 # ---------------------------------------------------------------------- pictures and shares
@@ -162,11 +174,12 @@ def main(run: Run) -> None:
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
 
     torch.manual_seed(cfg.seed)
-    G, D = Generator(cfg.net, cfg.latent_dim, cfg.hidden_dim), Discriminator(cfg.net, cfg.hidden_dim)
+    G = Generator(cfg.net, cfg.latent_dim, cfg.hidden_dim)
+    D = Discriminator(cfg.net, cfg.hidden_dim, cfg.d_norm)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     ema = Average(G, cfg.ema)  # what is sampled and scored
-    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, betas=(0.5, 0.999), fused=True)
-    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, betas=(0.5, 0.999), fused=True)
+    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
     run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
     judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
     inception = evaluator.get_inception(cfg.fid_weights, device) if judge else None
@@ -183,9 +196,8 @@ def main(run: Run) -> None:
         real, _ = batches(step - 1)
         with run.autocast():
             fake = G(torch.randn(len(real), cfg.latent_dim, device=device))
-        std = cfg.noise * max(0, 1 - step / cfg.noise_iters)
-        run.record(**d_step(D, opt_d, real, fake, std, run.autocast))
-        run.record(**g_step(D, opt_g, fake, std, run.autocast))
+        run.record(**d_step(D, opt_d, real, fake, cfg.loss, cfg.gamma, run.autocast))
+        run.record(**g_step(D, opt_g, real, fake, cfg.loss, run.autocast))
         ema.update(step)
 
         if run.due("sample"):

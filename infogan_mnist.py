@@ -20,7 +20,7 @@ from torch import nn
 
 import evaluator
 from common import losses
-from common.blocks import Average, frozen, init_dcgan, noisy
+from common.blocks import Average, frozen, init_dcgan
 from common.cli import Settings
 from common.datasets import Batches, Data, load_digits, to_float
 from common.errors import UserError
@@ -138,6 +138,11 @@ def q_losses(estimate: tuple, category: torch.Tensor,
     logits, mean, variance = estimate
     nll = 0.5 * ((continuous - mean).square() / variance + variance.log() + math.log(2 * math.pi))
     return F.cross_entropy(logits, category), nll.mean()
+
+
+def noisy(images: torch.Tensor, std: float) -> torch.Tensor:
+    """Instance noise on all that D sees (Sønderby et al. 2017): D can't win by details that G lacks."""
+    return images + std * torch.randn_like(images)
 
 
 def d_step(body: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,

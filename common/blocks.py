@@ -51,11 +51,6 @@ class Average:
             average.lerp_(new, share) if new.is_floating_point() else average.copy_(new)
 
 
-def noisy(images: torch.Tensor, std: float) -> torch.Tensor:
-    """Instance noise on all that D sees (Sønderby et al. 2017): D can't win by details that G lacks."""
-    return images + std * torch.randn_like(images)
-
-
 def init_dcgan(net: nn.Module) -> nn.Module:
     """DCGAN's initialisation: weights N(0, 0.02), batch norm's N(1, 0.02), biases 0 (Radford et al. 2016)."""
     for module in net.modules():

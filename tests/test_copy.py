@@ -29,7 +29,7 @@ print("trained")
 DCGAN = dict(networks='G, D = Generator("conv", 8, 4), Discriminator("conv", 4)',
              steps="""fake = G(torch.randn(6, 8))
     d = d_step(D, opt_d, torch.rand(6, 1, 32, 32), fake)
-    g = g_step(D, opt_g, fake)""")
+    g = g_step(D, opt_g, torch.rand(6, 1, 32, 32), fake)""")
 SNGAN = dict(networks="""from types import SimpleNamespace
 cfg = SimpleNamespace(z_dim=8, flip_labels=0.1, add_noise=True, loss="paired", aux_weight=1.0, gamma=1.0)
 G, D = Generator(24, 8, 2, 32), Discriminator(24, 2, 32, "cnn", "spectral", "linear")""",

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -40,22 +41,38 @@ def test_both_networks_are_initialised_as_in_the_paper(net):
                 assert module.bias is None or not module.bias.any()
 
 
+@pytest.mark.parametrize("loss", ["bce", "paired"])
 @pytest.mark.parametrize("net", ["conv", "mlp"])
-def test_each_step_is_of_its_own_network(net):
+def test_each_step_is_of_its_own_network(net, loss):
     torch.manual_seed(0)
-    G, D = Generator(net, 5, 3), Discriminator(net, 3)
+    G, D = Generator(net, 5, 3), Discriminator(net, 3, "batch" if loss == "bce" else "none")
+    assert any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in D) == (loss == "bce")
     opt_g, opt_d = (torch.optim.Adam(n.parameters(), 1e-2) for n in (G, D))
     real, fake = torch.rand(8, 1, 32, 32), G(torch.randn(8, 5))
 
     def reached() -> list[bool]:
         return [any(p.grad is not None for p in n.parameters()) for n in (G, D)]
-    found = dcgan_mnist.d_step(D, opt_d, real, fake)
+    found = dcgan_mnist.d_step(D, opt_d, real, fake, loss)
     assert opt_d.state and reached() == [False, True] and 0 < found["d_real"] < 1 and 0 < found["d_fake"] < 1
     D.zero_grad()
-    after = dcgan_mnist.g_step(D, opt_g, fake)
+    after = dcgan_mnist.g_step(D, opt_g, real, fake, loss)
     assert opt_g.state and reached() == [True, False]
-    assert after["d_fake_updated"] < found["d_fake"]  # D has learned meanwhile
-    assert after["g_loss"].item() == pytest.approx(-after["d_fake_updated"].log().item(), abs=0.05)
+    assert loss == "paired" or after["d_fake_updated"] < found["d_fake"]  # D has learned meanwhile
+    expected = -after["d_fake_updated"].log() if loss == "bce" else F.softplus(D(real) - D(fake)).mean()
+    assert after["g_loss"].item() == pytest.approx(expected.item(), abs=0.05)
+
+
+def test_the_penalty_is_of_real_and_generated_images():
+    def loss(gamma: float, real: torch.Tensor, fake: torch.Tensor) -> float:
+        torch.manual_seed(0)
+        D = Discriminator("conv", 3, "none")
+        opt = torch.optim.SGD(D.parameters(), 0.0)
+        return dcgan_mnist.d_step(D, opt, real, fake, "paired", gamma)["d_loss"].item()
+    real, fake = torch.rand(2, 16, 1, 32, 32)
+    one = loss(1e6, real, fake) - loss(0, real, fake)
+    assert one > 0 and loss(2e6, real, fake) - loss(0, real, fake) == pytest.approx(2 * one, rel=1e-3)
+    other = [loss(1e6, *pair) - loss(0, *pair) for pair in ((real - 1, fake), (real, fake - 1))]
+    assert all(value != pytest.approx(one, rel=1e-6) for value in other)
 
 
 def test_interpolation_and_extrapolation_share_their_middle(here):
