@@ -26,7 +26,7 @@ from common.datasets import Batches, Data, load_digits, to_float
 from common.errors import UserError
 from common.pictures import save_grid
 from common.run import Run, launch
-from synthetic.digits import code_effects, correlations, match
+from synthetic.measures import code_effects, correlations, match
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 
 import infogan_mnist
 from common.datasets import load_digits
-from synthetic.digits import match
+from synthetic.measures import match
 from tests.conftest import Reader, judge_of, rows_of, run_here, settings
 
 

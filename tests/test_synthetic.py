@@ -5,7 +5,7 @@ import pytest
 import scipy
 import torch
 
-from synthetic import digits, faces, scenes
+from synthetic import digits, faces, measures, scenes
 from tests.conftest import same
 
 
@@ -192,25 +192,25 @@ def test_nothing_else_in_a_face_tells_its_attributes(portraits):
 def test_slant_and_width_are_the_true_ones():
     for size in (28, 64):
         images, labels, factors = digits.render(1000, image_size=size)
-        slant, width = digits.slant_and_width(images / 127.5 - 1)
+        slant, width = measures.slant_and_width(images / 127.5 - 1)
         for digit in range(10):
             one = labels == digit
-            assert digits.spearman(slant[one], factors["slant"][one]) > 0.85
-            assert digits.spearman(width[one], factors["width"][one]) > 0.95
+            assert measures.spearman(slant[one], factors["slant"][one]) > 0.85
+            assert measures.spearman(width[one], factors["width"][one]) > 0.95
         ones = labels == 1  # a plain stroke in most of them
         assert (slant - factors["slant"])[ones].abs().median() < 0.05
         assert slant[ones].std() / factors["slant"][ones].std() == pytest.approx(1, abs=0.05)
         assert (width / factors["width"]).median() == pytest.approx(0.98, abs=0.03)
-    assert digits.slant_and_width(-torch.ones(2, 1, 28, 28))[0].isnan().all()
+    assert measures.slant_and_width(-torch.ones(2, 1, 28, 28))[0].isnan().all()
 
 
 def test_spearman_is_scipy_s():
     torch.manual_seed(0)
     a, b = torch.randn(2, 5, 30).round(decimals=1)  # with ties
-    for row, x, y in zip(digits.spearman(a, b), a, b, strict=True):
+    for row, x, y in zip(measures.spearman(a, b), a, b, strict=True):
         assert row.item() == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
     b[0, 3], b[1] = torch.nan, 4.0
-    assert digits.spearman(a, b)[:2].tolist() == [0, 0] and digits.spearman(a, b)[2] != 0
+    assert measures.spearman(a, b)[:2].tolist() == [0, 0] and measures.spearman(a, b)[2] != 0
 
 
 def test_code_effects_are_those_of_each_code():
@@ -222,11 +222,12 @@ def test_code_effects_are_those_of_each_code():
         ink = ((width - x.abs()) / 0.04 + 0.5).clamp(0, 1) * (at.abs() < 0.8)[None, :, None]
         return ink[:, None] * 2 - 1
 
-    result = digits.code_effects(make, 3, 10, 2, torch.Generator().manual_seed(0), n_paths=20)
+    result = measures.code_effects(make, 3, 10, 2, torch.Generator().manual_seed(0), n_paths=20)
     assert result["code 1 ~ slant"] > 0.99 and result["code 2 ~ width"] < -0.99
     assert result["a code ~ slant"] > 0.99 and result["a code ~ width"] > 0.99  # whichever, whatever its sign
     assert result["code 1: change of slant"] == pytest.approx(0.8, abs=0.1)
     assert -0.16 * 14 < result["code 2: change of width"] < -0.08 * 14  # ends count, too
     assert abs(result["code 2: change of slant"]) < 0.1
-    blank = digits.code_effects(lambda z, *_: -torch.ones(len(z), 1, 32, 32), 3, 10, 1, torch.Generator(), 4)
+    blank = measures.code_effects(lambda z, *_: -torch.ones(len(z), 1, 32, 32), 3, 10, 1,
+                                  torch.Generator(), 4)
     assert blank["code 1 ~ slant"] == 0
