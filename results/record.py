@@ -29,7 +29,7 @@ SCRIPTS = (
     ("dcgan_mnist.py", "DCGAN, Radford et al. 2016", "dcgan_latent16_hidden100", "FID < 60"),
     ("infogan_mnist.py", "InfoGAN, Chen et al. 2016", "infogan_quick", "pictures; the paper: 0.95"),
     ("acgan_celeba.py", "ACGAN, Odena et al. 2017", "acgan_quick", "FID 44.3 to 216.2 on cartoon faces"),
-    ("vae_celeba.py", "VAE, Kingma & Welling 2014", "vae_celeba", "pictures"),
+    ("vae_celeba.py", "VAE, Kingma & Welling 2014", "vae_quick", "pictures"),
     ("sngan_iclevr.py", "SNGAN, Miyato et al. 2018; projection, Miyato & Koyama 2018", "sngan_quick",
      "accuracy 0.79 and 0.82"),
     ("cdcgan_iclevr.py", "conditional DCGAN, Mirza & Osindero 2014", "cdcgan_quick", "accuracy 0.62"),
