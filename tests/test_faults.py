@@ -1,4 +1,5 @@
 """What happens to a run from outside: kills, signals, closed pipes, full disks, odd terminals."""
+import contextlib
 import os
 import random
 import signal
@@ -21,9 +22,12 @@ def arguments(folder: Path, **fields) -> list[str]:
     return flags(TINY[NAME] | fields)
 
 
-def wait_for(path: Path, pattern: str, running: subprocess.Popen) -> None:
-    """Until a file of that pattern exists, or the process ends."""
-    while running.poll() is None and not any(path.glob(pattern)):
+def wait_for(path: Path, pattern: str, running: subprocess.Popen, since: float = 0) -> None:
+    """Until a file of that pattern exists that is not older, or the process ends."""
+    while running.poll() is None:
+        with contextlib.suppress(FileNotFoundError):  # a temporary file that has just been renamed
+            if any(p.stat().st_mtime > since for p in path.glob(pattern)):
+                return
         time.sleep(0.001)
 
 
@@ -34,25 +38,29 @@ def state_of(path: Path) -> dict[str, torch.Tensor]:
 
 def test_random_kills_lose_nothing(here, pytestconfig):
     """SIGKILL at random moments, every other one while a checkpoint is written: the same bits at the end."""
-    iters, n, rng = 30, pytestconfig.getoption("--kills"), random.Random(time.time())
+    n, rng = pytestconfig.getoption("--kills"), random.Random(time.time())
+    iters, killed = 20 * (n + 1), 0
     fields = dict(iters=iters, save_every=1, sample_every=5)
     script(NAME, *arguments(here / "whole", **fields), cwd=here)
     folder, command = here / "killed", arguments(here / "killed", **fields)
     for kill in range(n):
+        since = time.time()
         running = subprocess.Popen(**process(NAME, *command, cwd=here))
-        wait_for(folder, "metrics.csv", running)
+        wait_for(folder, "config.json", running, since)  # written when training begins
         time.sleep(rng.uniform(0, 0.6))
         if kill % 2 == 0:
             wait_for(folder, ".writing-*-last.pt", running)
             time.sleep(rng.uniform(0, 0.003))
         running.kill()
         running.communicate()
+        killed += running.returncode == -signal.SIGKILL
         command = ["--resume", str(folder)]
+    print(f"{killed} of {n} ended in training")
     script(NAME, "--resume", str(folder), cwd=here)
     whole, killed = state_of(here / "whole" / "last.pt"), state_of(folder / "last.pt")
     assert whole.keys() == killed.keys() and all(torch.equal(whole[k], killed[k]) for k in whole)
     assert [row["step"] for row in rows_of(folder)] == list(range(1, iters + 1))
-    assert len(list((folder / "samples").iterdir())) == 6 and not list(folder.rglob(".writing*"))
+    assert len(list((folder / "samples").iterdir())) == iters // 5 and not list(folder.rglob(".writing*"))
 
 
 @pytest.mark.parametrize("how", [signal.SIGHUP, "pipe"])
