@@ -61,7 +61,7 @@ class Config(Settings):
     gp_weight: float = 10.0  # λ of WGAN-GP's penalty
     aux_weight: float = 20.0  # λ of the attributes' cross-entropy, in both losses
     clip: float = 0.01  # WGAN-clip: largest absolute weight of D
-    gamma: float = 0.5  # paired: γ of the penalties R1 and R2 on D's gradients
+    gamma: float = 0.5  # paired: weight of the sum of R1 and R2, D's gradients at real and generated images
 
     def __post_init__(self):
         super().__post_init__()
@@ -195,7 +195,7 @@ def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
         score, logits = D(G(torch.randn(len(y), cfg.z_dim, device=y.device), y), y)
         score_real = D(real, y)[0].float() if cfg.loss == "paired" else None
     score, aux = score.float(), F.binary_cross_entropy_with_logits(logits.float(), y)
-    loss = losses.paired(score, score_real) if cfg.loss == "paired" else -score.mean()
+    loss = losses.paired(score, score_real) if cfg.loss == "paired" else losses.hinge_g(score)
     loss = loss + cfg.aux_weight * aux
     opt.zero_grad()
     loss.backward()

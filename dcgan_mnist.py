@@ -38,7 +38,7 @@ class Config(Settings):
     ema: float = 0.0  # decay of the averaged G that is sampled and scored; 0: G itself
     d_norm: Literal["batch", "none"] = "batch"  # D's norm
     loss: Literal["bce", "paired"] = "bce"  # minimax, or of pairs of a real and a generated image
-    gamma: float = 0.0  # γ of the penalties R1 and R2 on D's gradients at real and generated images; 0: none
+    gamma: float = 0.0  # weight of the mean of R1 and R2, D's gradients at real and generated images
     beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
     beta2: float = 0.999  # and of its square's
     data: str = "auto"  # auto (MNIST if available, else synthetic), mnist, synthetic, or a folder of MNIST

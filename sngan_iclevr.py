@@ -48,7 +48,7 @@ class Config(Settings):
     d_norm: Literal["spectral", "none"] = "spectral"  # norm of D's weights
     label_embed: Literal["linear", "sum"] = "linear"  # how D combines an image's label vectors
     loss: Literal["hinge", "relativistic", "paired"] = "hinge"  # relativistic: to the other kind's mean score
-    gamma: float = 0.0  # γ of the penalties R1 and R2 on D's gradients at real and generated images; 0: none
+    gamma: float = 0.0  # weight of the mean of R1 and R2, D's gradients at real and generated images
     aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses
     beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
     beta2: float = 0.999  # and of its square's

@@ -44,7 +44,8 @@ class Settings:
             least = LEAST.get(name, int(kind is int and default > 0 and not name.endswith("_every")))
             most = LARGEST if kind is int else sys.float_info.max
             if kind in (int, float) and not least <= value <= most:
-                raise UserError(f"{flag(name)} {value}: must be at least {least} and at most {most:,}")
+                limit = f"at most {LARGEST:,}" if kind is int else "finite"
+                raise UserError(f"{flag(name)} {value}: must be at least {least} and {limit}")
             if name in ("ema", "beta1", "beta2", "flip_labels") and value >= 1:
                 raise UserError(f"{flag(name)} {value}: must be below 1")
 

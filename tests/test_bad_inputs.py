@@ -17,7 +17,7 @@ FLAGS = [  # command, part of the message
     ("dcgan_mnist --iters 99999999999", "at most 1,000,000,000"),
     ("dcgan_mnist --batch-size 1", "--batch-size 1: must be at least 2"),
     ("dcgan_mnist --net mlp --batch-size 1", "must be at least 2"),
-    ("dcgan_mnist --lr-g -1", "--lr-g -1.0: must be at least 0"),
+    ("dcgan_mnist --lr-g -1", "--lr-g -1.0: must be at least 0 and finite\n"),
     ("dcgan_mnist --lr-g nan", "--lr-g nan"),
     ("dcgan_mnist --lr-d inf", "--lr-d inf"),
     ("dcgan_mnist --lr-d fast", "invalid float value"),
@@ -179,10 +179,10 @@ SETS = [  # script, damage to the set in data/, part of the message
     ("cdcgan_iclevr", lambda f: shutil.rmtree(f / "images"), "images"),
     ("cdcgan_iclevr", lambda f: next((f / "images").iterdir()).unlink(), "is missing (1 of 18 images are)"),
     ("cdcgan_iclevr", lambda f: next((f / "images").iterdir()).write_bytes(b"x"), "it should be an image"),
-    ("dcgan_mnist", lambda f: shutil.rmtree(f / "MNIST"), "set"),
-    ("dcgan_mnist", lambda f: truncate("MNIST/raw/train-images-idx3-ubyte")(f), "set"),
-    ("infogan_mnist", lambda f: (f / "MNIST/raw/t10k-labels-idx1-ubyte").unlink(), "set"),
-    ("vae_celeba", nothing, "set"),
+    ("dcgan_mnist", lambda f: shutil.rmtree(f / "MNIST"), "MNIST's four files"),
+    ("dcgan_mnist", lambda f: truncate("MNIST/raw/train-images-idx3-ubyte")(f), "MNIST's four"),
+    ("infogan_mnist", lambda f: (f / "MNIST/raw/t10k-labels-idx1-ubyte").unlink(), "MNIST's four files"),
+    ("vae_celeba", nothing, "set/list_attr_celeba.txt can't be read"),
 ]
 
 
