@@ -6,8 +6,10 @@
 A row's pace is measured first, alone, and sets its iterations: a change that makes an iteration slower gets
 fewer. Runs have one thread each, --jobs at a time. "val" is the accuracy on label sets of training scenes, by
 which presets are chosen; the test lists beside it choose nothing. After Ctrl-C the same command continues.
+The table has every run that --out holds: --rows and --seeds 3 in a second call add seeds to rows that matter.
 """
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -49,6 +51,7 @@ ROWS = {
         "width 16": "--ch 16",
     },
 }
+MOST_SEEDS = 10
 ALL = "--quick --data synthetic --log-every 20 --sample-every 0 --save-every 200"
 
 
@@ -105,21 +108,21 @@ def main() -> None:
     args.rows = args.rows or list(ROWS[args.script])
     if unknown := set(args.rows) - ROWS[args.script].keys():
         raise UserError(f"--rows {min(unknown)!r}: {args.script} has {', '.join(ROWS[args.script])}")
-    if min(args.seeds, args.jobs) < 1 or not args.minutes > 0:
-        raise UserError("--seeds and --jobs must be at least 1, --minutes above 0")
+    if not 1 <= args.seeds <= MOST_SEEDS or args.jobs < 1 or not args.minutes > 0:
+        raise UserError(f"--seeds takes 1 to {MOST_SEEDS}; --jobs at least 1; --minutes more than 0")
     out = args.out or Path("runs") / f"recipes-{args.script}"
     iters = {row: max(10, round(60 * args.minutes / pace(args.script, row, out))) for row in args.rows}
-    jobs = {(row, seed): job_of(args.script, row, seed, iters[row], out)
-            for seed in range(args.seeds) for row in args.rows}
-    train_all(list(jobs.values()), args.jobs)
-    rows = {}
-    for (row, _), job in jobs.items():
-        if found := scores(job.folder):
-            rows.setdefault(row, []).append(found)
+    jobs = [job_of(args.script, row, seed, iters[row], out)
+            for seed in range(args.seeds) for row in args.rows]
+    train_all(jobs, args.jobs)
+    rows = {row: [] for row in ROWS[args.script]}
+    for row, seed in itertools.product(rows, range(MOST_SEEDS)):
+        if found := scores(job_of(args.script, row, seed, 0, out).folder):
+            rows[row].append(found)
+    rows = {row: runs for row, runs in rows.items() if runs}
     print(markdown(rows))
-    path = next(iter(jobs.values())).folder / "config.json"
-    sitting = json.loads(path.read_text(encoding="utf-8"))["sittings"][0]
-    command = f"benchmarks/recipes.py {args.script} --seeds {args.seeds} --minutes {args.minutes:g}"
+    sitting = json.loads((jobs[0].folder / "config.json").read_text(encoding="utf-8"))["sittings"][0]
+    command = f"benchmarks/recipes.py {args.script} --minutes {args.minutes:g}"
     content = {"command": command, "recipes": rows,
                **{k: sitting[k] for k in ("commit", "hardware", "torch")}}
     keep = args.keep or out / "recipes.json"

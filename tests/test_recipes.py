@@ -28,7 +28,7 @@ def test_each_row_is_accepted_by_its_script_and_unlike_the_others(script, tmp_pa
 
 def test_rows_run_for_their_paces_minutes_and_a_second_call_trains_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(recipes, "ALL", TINY)
-    monkeypatch.setitem(recipes.ROWS, "cdcgan_iclevr", {"the preset": "", "other": "--ch 4"})
+    monkeypatch.setitem(recipes.ROWS, "cdcgan_iclevr", {"base": "", "other": "--ch 4"})
     call(monkeypatch, "cdcgan_iclevr --rows other --minutes 0.01 --out runs")
     paced = recipes.seconds_per_iteration(tmp_path / "runs" / "pace of other" / "metrics.csv")
     content = json.loads((tmp_path / "runs" / "recipes.json").read_text())
@@ -38,6 +38,15 @@ def test_rows_run_for_their_paces_minutes_and_a_second_call_trains_nothing(monke
     monkeypatch.setattr(recipes, "train_all", lambda jobs, _: [job.check() for job in jobs])
     call(monkeypatch, "cdcgan_iclevr --rows other --minutes 0.01 --out runs")
     assert json.loads((tmp_path / "runs" / "recipes.json").read_text()) == content
+
+
+def test_the_table_has_the_runs_of_earlier_calls_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(recipes, "ALL", TINY)
+    monkeypatch.setitem(recipes.ROWS, "cdcgan_iclevr", {"base": "", "other": "--ch 4"})
+    for flags in ("--rows base --seeds 2", "--rows other"):
+        call(monkeypatch, f"cdcgan_iclevr {flags} --minutes 0.001 --out runs")
+    rows = json.loads((tmp_path / "runs" / "recipes.json").read_text())["recipes"]
+    assert {row: len(runs) for row, runs in rows.items()} == {"base": 2, "other": 1}
 
 
 def test_the_table_has_means_over_seeds_and_the_best_first():
@@ -50,6 +59,7 @@ def test_the_table_has_means_over_seeds_and_the_best_first():
 
 def test_bad_values(monkeypatch):
     for arguments, message in (("--rows nothing", "'nothing': sngan_iclevr has the preset"),
-                               ("--minutes 0", "--minutes above 0"), ("vae_celeba", "invalid choice")):
+                               ("--minutes 0", "--minutes more than 0"), ("--seeds 11", "1 to 10"),
+                               ("vae_celeba", "invalid choice")):
         with pytest.raises(UserError, match=message):
             call(monkeypatch, arguments)
