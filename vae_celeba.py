@@ -241,8 +241,9 @@ def main(run: Run) -> None:
             row |= {"FD of reconstructions": (evaluator.distance(test, moments), 0.0), "MSE": (mse, 0.0),
                     "attributes kept": (kept["accuracy"], 0.0),
                     "by attribute": (kept["by attribute"].tolist(), [0.0] * len(kept["by attribute"])),
-                    "KL, nats": (kl_divergence(mean, log_variance).mean().item(), 0.0),
-                    "attribute added": (sum(after for _, after in added.values()) / len(added), 0.0)}
+                    "KL, nats": (kl_divergence(mean, log_variance).mean().item(), 0.0)}
+            if added:  # none, where every held-out face has every attribute
+                row["attribute added"] = (sum(after for _, after in added.values()) / len(added), 0.0)
             scores[name] = row | {"found without and with": added}
     if run.wants_pictures:
         save_pictures(vae, data, cfg, run.folder, f"{title}, step {step}")

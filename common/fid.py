@@ -103,7 +103,7 @@ class Moments:
 
     def update(self, x: torch.Tensor) -> None:
         """Add features [N, D]. Raises UserError if they are not finite."""
-        x = x.detach().double()
+        x = (x.cpu() if x.device.type == "mps" else x).detach().double()  # Apple's GPUs lack float64
         if not x.isfinite().all():
             raise UserError(f"NaN or infinite features after {self.count} good images: has the generator "
                             "diverged, or were no weights loaded?")

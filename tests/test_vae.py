@@ -1,5 +1,6 @@
 """VAE on faces: its loss against torch.distributions, its reconstructions, and arithmetic with attributes."""
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -82,3 +83,15 @@ def test_what_adding_an_attribute_does_is_counted():
     data.labels = labels.float().flip(1)  # nothing to tell "all" by now, and every training image is "bright"
     found = vae_celeba.add_attributes(net, data, judge)
     assert found == {"bright": (0.25, 0.25)}
+
+
+def test_faces_that_all_have_every_attribute_end_with_the_other_scores(here, monkeypatch):
+    def load(cfg):
+        data = load_faces(cfg)
+        ones = dict(labels=torch.ones_like(data.labels), test_labels=torch.ones_like(data.test_labels))
+        return replace(data, groups=(), **ones)
+    monkeypatch.setattr(vae_celeba, "load_faces", load)
+    folder = run_here("vae_celeba", iters=2)
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["best"]["found without and with"] == {} and "attribute added" not in scores["summary"]
+    assert 0 <= scores["summary"]["attributes kept"][0] <= 1
