@@ -3,6 +3,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def exit_status(main: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a stream that can't, such as a notebook's
             stream.reconfigure(errors="replace")  # a character that the encoding lacks must not end a run
+    # TensorBoard's thread fails before ours where a folder is deleted or a disk full
+    threading.excepthook = lambda failed: print(f"*** {failed.exc_value} ***", file=sys.stderr)
     try:
         status = _call(main)
         sys.stdout.flush()

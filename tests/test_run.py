@@ -2,6 +2,7 @@
 import json
 import math
 import signal
+import threading
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,15 @@ def test_exit_status(capsys, raised, status, text):
     assert exit_status(main) == status
     out, err = capsys.readouterr()
     assert out + err == text and bool(err) == (status in (2, 3))
+
+
+def test_a_failing_thread_is_told_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", None)  # restored afterwards
+    assert exit_status(lambda: 0) == 0
+    thread = threading.Thread(target=lambda: Path("not_there/file").touch())
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == "*** [Errno 2] No such file or directory: 'not_there/file' ***\n"
 
 
 def test_any_error_while_a_file_is_read_names_the_file():
