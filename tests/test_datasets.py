@@ -519,6 +519,16 @@ def test_celeba_is_read_as_kaggle_has_it(tmp_path, nested):
         load_faces(folder, 16, "Hat")
 
 
+def check_what_is_left(folder, n: int, left_out: int, capsys) -> None:
+    """With --skip-bad-images n of make_faces' images are loaded, each with its own label."""
+    for _ in range(2):  # decoded, then from the cache
+        data = load_faces(folder, 16, "Big_Nose", skip_bad_images=True)
+        assert len(data.images) + len(data.test_images) == n
+        assert f"left out {left_out} unusable images" in capsys.readouterr().out
+        for image, label in zip(data.images, data.labels, strict=True):
+            assert label.tolist() == [image[0, 0, 0].item() // 10 % 2]
+
+
 def test_a_damaged_face_is_named_and_can_be_skipped(tmp_path, capsys):
     make_faces(tmp_path, n=21)
     path = tmp_path / "img_align_celeba" / "007.png"
@@ -526,12 +536,7 @@ def test_a_damaged_face_is_named_and_can_be_skipped(tmp_path, capsys):
     (tmp_path / "img_align_celeba" / "more.png").write_bytes(b"")  # not in the table: not used
     with pytest.raises(UserError, match="007.png can't be read.*it should be an image.*--skip-bad"):
         load_faces(tmp_path, 16, "Hat")
-    for _ in range(2):  # decoded, then from the cache
-        data = load_faces(tmp_path, 16, "Big_Nose", skip_bad_images=True)
-        assert len(data.images) + len(data.test_images) == 20
-        assert "left out 1 unusable images" in capsys.readouterr().out
-        for image, label in zip(data.images, data.labels, strict=True):
-            assert label.tolist() == [image[0, 0, 0].item() // 10 % 2]
+    check_what_is_left(tmp_path, 20, 1, capsys)
 
 
 def test_missing_faces_can_be_left_out(tmp_path, capsys):
@@ -541,12 +546,7 @@ def test_missing_faces_can_be_left_out(tmp_path, capsys):
     relink(tmp_path / "img_align_celeba" / "011.png")
     with pytest.raises(UserError, match="000.png is missing .4 of 25"):
         load_faces(tmp_path, 16, "Hat")
-    for _ in range(2):  # decoded, then from the cache
-        data = load_faces(tmp_path, 16, "Big_Nose", skip_bad_images=True)
-        assert len(data.images) + len(data.test_images) == 21
-        assert "left out 4 unusable images" in capsys.readouterr().out
-        for image, label in zip(data.images, data.labels, strict=True):
-            assert label.tolist() == [image[0, 0, 0].item() // 10 % 2]
+    check_what_is_left(tmp_path, 21, 4, capsys)
     for path in (tmp_path / "img_align_celeba").iterdir():
         path.unlink()
     with pytest.raises(UserError, match="CelebA: 0 images are too few"):
