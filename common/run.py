@@ -124,6 +124,8 @@ class Run:
             if damaged := ZipFile(path).testzip():  # torch.load does not check the sums
                 raise ValueError(f"{damaged} is damaged")
             state = torch.load(path, map_location=self.device, weights_only=True)
+            if missing := {*"step best means rng data".split()} - state.keys():
+                raise ValueError(f"it lacks {sorted(missing)}")
             for key, thing in self.tracked.items():
                 rates = [group["lr"] for group in getattr(thing, "param_groups", ())]
                 thing.load_state_dict(state[key])

@@ -283,11 +283,18 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def take_its_random_state(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    del state["rng"]
+    torch.save(state, path)
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     folder = train(new_run(tmp_path), scores={4: 0.5}).folder
     whole = (folder / "last.pt").read_bytes()
     for damage in (lambda p: p.write_bytes(p.read_bytes()[:500]), lambda p: p.write_bytes(b""), flip_a_bit,
-                   lambda p: torch.save({"G": 1}, p), lambda p: torch.save([], p), Path.unlink):
+                   take_its_random_state, lambda p: torch.save({"G": 1}, p), lambda p: torch.save([], p),
+                   Path.unlink):
         (folder / "last.pt").write_bytes(whole)
         damage(folder / "last.pt")
         assert new_run(tmp_path, "resume").step == 5  # that of previous.pt
