@@ -12,7 +12,7 @@ Results, with commands and hardware: results/README.md.
 """
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,9 +27,9 @@ import evaluator
 from common import losses
 from common.blocks import Average, frozen, init_dcgan, normed_once
 from common.cli import Settings
-from common.datasets import Batches, Data, load_faces
+from common.datasets import Batches, Data, load_faces, pick_columns
 from common.errors import UserError
-from common.pictures import real_above_generated, save_grid
+from common.pictures import real_above_generated, save_grid, save_images
 from common.run import Run, launch
 
 
@@ -51,6 +51,7 @@ class Config(Settings):
     n_synthetic: int = 10_000  # synthetic faces
     eval_images: int = 5000  # generated images per draw that are scored
     eval_draws: int = 3  # draws of z and attributes averaged per score
+    with_: str = ""  # with --to: attributes of all these images, joined by commas
     fid_weights: str = "auto"  # FID's network: auto (on a GPU, found or downloaded), none, or its file
     beta1: float = 0.5  # Adam's first decay rate; the write-up gives none for its GAN: these are WGAN-GP's
     beta2: float = 0.9  # its second
@@ -205,12 +206,21 @@ def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
 
 # ---------------------------------------------------------------------- requested attributes, pictures
 
-def request(data: Data, n: int, g: torch.Generator) -> torch.Tensor:
-    """Attributes [n, A] to generate: uniform within each group; without groups, those of training images."""
-    if not data.groups:
-        return data.labels[torch.randint(len(data.labels), (n,), generator=g)]
-    picks = [F.one_hot(torch.randint(len(c), (n,), generator=g), len(c)) for c in data.groups]
-    return torch.cat(picks, 1).float()
+def request(data: Data, n: int, g: torch.Generator, wanted: Sequence[int] = ()) -> torch.Tensor:
+    """Attributes [n, A] to generate: uniform within each group; without groups, those of training images.
+
+    wanted: attributes that all have. Raises UserError if two are of one group.
+    """
+    if data.groups:
+        picks = [F.one_hot(torch.randint(len(c), (n,), generator=g), len(c)) for c in data.groups]
+        y = torch.cat(picks, 1).float()
+    else:
+        y = data.labels[torch.randint(len(data.labels), (n,), generator=g)]
+    for attribute in wanted:
+        y = switched(y, attribute, 1, data)
+    if not y[:, wanted].all():
+        raise UserError(f"--with: a face has only one of {', '.join(data.classes[i] for i in wanted)}")
+    return y
 
 
 def switched(y: torch.Tensor, attribute: int, value: int, data: Data) -> torch.Tensor:
@@ -227,10 +237,11 @@ def save_pictures(make: Callable, data: Data, run: Run, title: str) -> None:
     folder, g = run.folder, torch.Generator().manual_seed(run.cfg.seed)
     z, y = torch.randn(64, run.cfg.z_dim, generator=g), request(data, 64, g)
     save_grid(folder / "samples.png", make(z, y), title)
-    index = torch.randint(len(data.images), (32,), generator=g)
-    save_grid(folder / "real_beside_generated.png",
-              real_above_generated(data.images[index], make(z[:32], data.labels[index])),
-              f"{title}: lines of training images, below each generated ones with the same attributes")
+    if len(data.images):
+        index = torch.randint(len(data.images), (32,), generator=g)
+        save_grid(folder / "real_beside_generated.png",
+                  real_above_generated(data.images[index], make(z[:32], data.labels[index])),
+                  f"{title}: lines of training images, below each generated ones with the same attributes")
 
     # a line for each attribute: eight faces with it or, without groups, four without and with it
     each = range(len(data.classes))
@@ -256,7 +267,7 @@ def save_pictures(make: Callable, data: Data, run: Run, title: str) -> None:
 
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
-    data = load_faces(cfg)
+    data = run.get_data(load_faces)
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
 
     torch.manual_seed(cfg.seed)
@@ -279,8 +290,8 @@ def main(run: Run) -> None:
     def make(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return ema(z.to(device), y.to(device))
 
-    def sample(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        y = request(data, n, g)
+    def sample(n: int, g: torch.Generator, wanted: Sequence[int] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+        y = request(data, n, g, wanted)
         return make(torch.randn(n, cfg.z_dim, generator=g), y), y
 
     def wrong_labels(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,7 +322,10 @@ def main(run: Run) -> None:
             scores[name] = {"step": step} | evaluator.score(sample, judge, **scoring)
             if inception:
                 scores[name]["FID"] = evaluator.score_fid(sample, inception, data.test_images, **options)
-    if run.wants_pictures:
+    if cfg.to:
+        wanted = pick_columns(cfg.with_, data.classes, "the run", "--with") if cfg.with_ else []
+        save_images(lambda numbers: sample(len(numbers), g, wanted), cfg, data.classes)
+    elif run.wants_pictures:
         save_pictures(make, data, run, f"{title}, step {step}")
     if judge:
         evaluator.report(run, data, judge, scores, ["FD (judge)", "accuracy", "exact", "FID"])

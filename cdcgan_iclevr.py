@@ -43,6 +43,7 @@ class Config(Settings):
     data: str = "auto"  # auto (data/iclevr if it exists, else synthetic), synthetic, or the folder of i-CLEVR
     n_scenes: int = 6003  # synthetic scenes, of three images each
     eval_draws: int = 10  # draws of z averaged per score
+    labels: str = ""  # with --to: sets of objects, such as "red cube, blue sphere; gray cylinder"
     d_cond: Literal["plane", "projection"] = "plane"  # labels enter D as a fourth plane, or by projection
     smooth_labels: bool = False  # D's targets: U(0.8, 1.2) for real images, U(0, 0.2) for generated ones
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
@@ -181,7 +182,7 @@ def g_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.
 
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
-    data = load_iclevr(cfg)
+    data = run.get_data(load_iclevr)
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
 
     torch.manual_seed(cfg.seed)
@@ -226,7 +227,7 @@ def main(run: Run) -> None:
             scores[name] = {"step": step} | evaluator.score_sets(sample, cfg.z_dim, judge, data.tests,
                                                                  cfg.eval_draws, cfg.seed + 1)
     if run.wants_pictures:
-        save_scenes(sample, cfg.z_dim, data, run.folder, f"{title}, step {step}", cfg.seed)
+        save_scenes(sample, cfg, data, run.folder, f"{title}, step {step}")
     if judge:
         evaluator.report(run, data, judge, scores, [f"accuracy {name}" for name in data.tests])
 

@@ -22,7 +22,7 @@ from common import losses
 from common.blocks import Average, frozen, init_dcgan
 from common.cli import Settings
 from common.datasets import Batches, Data, load_digits
-from common.pictures import save_grid
+from common.pictures import save_grid, save_images
 from common.run import Run, launch
 
 
@@ -155,9 +155,10 @@ def save_pictures(ema: Average, data: Data, cfg: Config, folder: Path, device: t
     g = torch.Generator().manual_seed(cfg.seed)
     fake = ema(torch.randn(100, cfg.latent_dim, generator=g).to(device)).cpu()
     save_grid(folder / "samples.png", fake, title, nrow=10)
-    real, _ = data.training_sample(40, g)
-    save_grid(folder / "real_beside_generated.png", torch.cat([real, fake[:40]]),
-              f"{title}: four lines of training images, four of generated ones", nrow=10)
+    if len(data.images):
+        real, _ = data.training_sample(40, g)
+        save_grid(folder / "real_beside_generated.png", torch.cat([real, fake[:40]]),
+                  f"{title}: four lines of training images, four of generated ones", nrow=10)
     # z1 + i/9 (z2 - z1) for i = 0 … 9, then for i = -5 … 14
     a, b = torch.randn(2, cfg.pairs, 1, cfg.latent_dim, generator=g)
     for name, first, last in (("interpolation", 0, 9), ("extrapolation", -5, 14)):
@@ -170,7 +171,7 @@ def save_pictures(ema: Average, data: Data, cfg: Config, folder: Path, device: t
 
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
-    data = load_digits(cfg, 32)
+    data = run.get_data(load_digits, 32)
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
 
     torch.manual_seed(cfg.seed)
@@ -217,7 +218,10 @@ def main(run: Run) -> None:
             scores[name] = evaluator.score(sample, judge, real=test, **options) | {"step": step}
             if inception:
                 scores[name]["FID"] = evaluator.score_fid(sample, inception, data.test_images, **options)
-    if run.wants_pictures:
+    if cfg.to:
+        g = torch.Generator().manual_seed(cfg.seed)
+        save_images(lambda numbers: sample(len(numbers), g), cfg)
+    elif run.wants_pictures:
         save_pictures(ema, data, cfg, run.folder, device, f"{title}, step {step}")
     if judge:
         evaluator.report(run, data, judge, scores, ["FD (judge)", "TV", "FID"])

@@ -6,12 +6,14 @@
 
 Results, with commands and hardware: results/README.md.
 """
+import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,11 +24,11 @@ import evaluator
 from common import losses
 from common.blocks import Average, frozen, init_dcgan
 from common.cli import Settings
-from common.datasets import Batches, Data, load_digits, to_float
-from common.errors import UserError
-from common.pictures import save_grid
+from common.datasets import Batches, Data, load_digits
+from common.errors import UserError, reading
+from common.pictures import save_grid, save_images
 from common.run import Run, launch
-from synthetic.measures import code_effects, correlations, match
+from synthetic.measures import code_effects, match
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Config(Settings):
     eval_draws: int = 3  # draws of z averaged per score
     fid_weights: str = "auto"  # FID's network: auto (on a GPU, found or downloaded), none, or its file
     category: int = 0  # the one that category_K_code_C.png shows
+    digit: Literal[("any", *"0123456789")] = "any"  # with --to: only the category that is this digit
     n_categories: int = 10  # values of the categorical code, a one-hot vector
     n_continuous: int = 2  # continuous codes, each U(-1, 1)
     q_weight: float = 0.1  # weight of the continuous codes' negative log-likelihood
@@ -210,9 +213,22 @@ def save_pictures(make: Callable[..., torch.Tensor], data: Data, run: Run, title
         save_grid(folder / f"category_{cfg.category}_code_{c + 1}.png",
                   make(z, torch.full((len(z),), cfg.category), continuous), nrow=21,
                   title=f"{title}: category {cfg.category}, code {c + 1} from -2 to 2 (trained: middle 11)")
-    real, fake = data.training_sample(4 * cfg.n_categories, g)[0], make(*grid_codes(cfg, g, 4, None)).cpu()
-    save_grid(folder / "real_beside_generated.png", torch.cat([real, fake]),
-              f"{title}: four lines of training images, four of generated ones", cfg.n_categories)
+    if len(data.images):
+        real = data.training_sample(4 * cfg.n_categories, g)[0]
+        pair = torch.cat([real, make(*grid_codes(cfg, g, 4, None)).cpu()])
+        save_grid(folder / "real_beside_generated.png", pair,
+                  f"{title}: four lines of training images, four of generated ones", cfg.n_categories)
+
+
+def categories_of(cfg: Config, folder: Path) -> torch.Tensor:
+    """The categories [K] that scores.json matches with --digit; all of them for "any". Raises UserError."""
+    if cfg.digit == "any":
+        return torch.arange(cfg.n_categories)
+    with reading(folder / "scores.json", "the scores of this run, which --eval writes"):
+        digits = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["last"]["digit"][0]
+        if int(cfg.digit) not in digits:
+            raise ValueError(f"no category is matched with {cfg.digit}")
+    return torch.tensor([k for k, digit in enumerate(digits) if digit == int(cfg.digit)])
 
 
 # ---------------------------------------------------------------------- scores
@@ -229,22 +245,11 @@ def score_categories(make: Callable[..., torch.Tensor], cfg: Config, judge: eval
     return {"code → digit": agreement, "digit": torch.tensor(digit).double(), "purity": purity}
 
 
-@torch.no_grad()
-def score_reading(body: nn.Module, Q: nn.Module, data: Data, device: torch.device) -> dict[str, tuple]:
-    """How well Q reads class, slant and width of synthetic test digits, whose true factors are known."""
-    estimates = [Q(body(to_float(part.to(device)))) for part in data.test_images.split(500)]
-    category = torch.cat([e[0].argmax(1) for e in estimates]).cpu()
-    codes = torch.cat([e[1] for e in estimates]).cpu()
-    scores = {"category → class": match(category, data.test_labels, int(category.max()) + 1)[1]}
-    scores |= correlations(codes, data.test_labels, data.test_factors)
-    return {f"Q's {name}": (value, 0.0) for name, value in scores.items()}
-
-
 # ---------------------------------------------------------------------- training
 
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
-    data = load_digits(cfg, cfg.image_size)
+    data = run.get_data(load_digits, cfg.image_size)
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
 
     torch.manual_seed(cfg.seed)
@@ -269,8 +274,10 @@ def main(run: Run) -> None:
     def make(z: torch.Tensor, category: torch.Tensor, continuous: torch.Tensor) -> torch.Tensor:
         return ema(join(z, category, continuous, cfg.n_categories).to(device))
 
-    def sample(n: int, g: torch.Generator) -> tuple[torch.Tensor, None]:
-        category = torch.randint(cfg.n_categories, (n,), generator=g)
+    every = torch.arange(cfg.n_categories)
+
+    def sample(n: int, g: torch.Generator, of: torch.Tensor = every) -> tuple[torch.Tensor, None]:
+        category = of[torch.randint(len(of), (n,), generator=g)]
         return make(uniform(n, cfg.z_dim, g=g), category, uniform(n, cfg.n_continuous, g=g)), None
 
     categories = partial(score_categories, make, cfg, judge)
@@ -305,10 +312,11 @@ def main(run: Run) -> None:
             row |= evaluator.over_draws(categories, **draws) | evaluator.over_draws(effects, **draws)
             if inception:
                 row["FID"] = evaluator.score_fid(sample, inception, data.test_images, n=n, **draws)
-            if data.test_factors:
-                row |= score_reading(body.eval(), Q.eval(), data, device)
             scores[name] = row
-    if run.wants_pictures:
+    if cfg.to:
+        g, of = torch.Generator().manual_seed(cfg.seed), categories_of(cfg, run.folder)
+        save_images(lambda numbers: sample(len(numbers), g, of), cfg)
+    elif run.wants_pictures:
         save_pictures(make, data, run, f"{title}, step {step}")
     if judge:
         evaluator.report(run, data, judge, scores, ["code → digit", "a code ~ slant", "a code ~ width",

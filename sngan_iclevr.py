@@ -44,6 +44,7 @@ class Config(Settings):
     data: str = "auto"  # auto (data/iclevr if it exists, else synthetic), synthetic, or the folder of i-CLEVR
     n_scenes: int = 6003  # synthetic scenes, of three images each
     eval_draws: int = 10  # draws of z averaged per score
+    labels: str = ""  # with --to: sets of objects, such as "red cube, blue sphere; gray cylinder"
     d_net: Literal["resnet", "cnn"] = "resnet"  # D: the write-up's residual blocks, or strided convolutions
     d_norm: Literal["spectral", "none"] = "spectral"  # norm of D's weights
     label_embed: Literal["linear", "sum"] = "linear"  # how D combines an image's label vectors
@@ -267,7 +268,7 @@ def noisy(x: torch.Tensor, add_noise: bool) -> torch.Tensor:
 
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
-    data = load_iclevr(cfg)
+    data = run.get_data(load_iclevr)
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
 
     torch.manual_seed(cfg.seed)
@@ -312,7 +313,7 @@ def main(run: Run) -> None:
             scores[name] = {"step": step} | evaluator.score_sets(sample, cfg.z_dim, judge, data.tests,
                                                                  cfg.eval_draws, cfg.seed + 1)
     if run.wants_pictures:
-        save_scenes(sample, cfg.z_dim, data, run.folder, f"{title}, step {step}", cfg.seed)
+        save_scenes(sample, cfg, data, run.folder, f"{title}, step {step}")
     if judge:
         evaluator.report(run, data, judge, scores, [f"accuracy {name}" for name in data.tests])
 

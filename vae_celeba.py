@@ -22,7 +22,7 @@ import evaluator
 from common.blocks import init_dcgan
 from common.cli import Settings
 from common.datasets import Batches, Data, load_faces, to_float
-from common.pictures import save_grid
+from common.pictures import save_grid, save_images
 from common.run import Run, launch
 
 
@@ -166,6 +166,8 @@ def save_pictures(vae: VAE, data: Data, cfg: Config, folder: Path, title: str) -
     """Grids: samples, reconstructions, interpolations between faces, attributes added."""
     g = torch.Generator().manual_seed(cfg.seed)
     save_grid(folder / "samples.png", decode_all(vae, torch.randn(16, cfg.z_dim, generator=g)), title, nrow=4)
+    if data.test_images is None:  # not there: the rest starts from real faces
+        return
     chosen = data.test_images[torch.randperm(len(data.test_images), generator=g)[:16]]
     faces, z = to_float(chosen), encode_all(vae, chosen)[0]
     save_grid(folder / "reconstructions.png", torch.cat([faces[:8], decode_all(vae, z[:8])]),
@@ -190,7 +192,7 @@ def save_pictures(vae: VAE, data: Data, cfg: Config, folder: Path, title: str) -
 
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
-    data = load_faces(cfg)
+    data = run.get_data(load_faces)
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
 
     torch.manual_seed(cfg.seed)
@@ -202,7 +204,6 @@ def main(run: Run) -> None:
 
     title = run.title(data, f"ch {cfg.ch}")
     fixed = torch.randn(16, cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
-    shown = data.test_images[:8]
     # best.pt is chosen by the distance to training images: held-out ones are for the final scores only
     validation = judge and judge.moments(data.validation_images())
 
@@ -217,6 +218,7 @@ def main(run: Run) -> None:
         vae.eval()  # for pictures and scores: batch norm with its running statistics
 
         if run.due("sample"):
+            shown = data.test_images[:8]
             z = torch.cat([encode_all(vae, shown)[0], fixed])
             run.picture(torch.cat([to_float(shown), decode_all(vae, z)]),
                         f"{title}: held-out faces, their reconstructions, samples")
@@ -245,7 +247,10 @@ def main(run: Run) -> None:
             if added:  # none, where every held-out face has every attribute
                 row["attribute added"] = (sum(after for _, after in added.values()) / len(added), 0.0)
             scores[name] = row | {"found without and with": added}
-    if run.wants_pictures:
+    if cfg.to:
+        g = torch.Generator().manual_seed(cfg.seed)
+        save_images(lambda numbers: sample(len(numbers), g), cfg)
+    elif run.wants_pictures:
         save_pictures(vae, data, cfg, run.folder, f"{title}, step {step}")
     if judge:
         evaluator.report(run, data, judge, scores, ["FD (judge)", "FID", "FD of reconstructions", "MSE",

@@ -14,7 +14,9 @@ ACTIONS = {"resume": "continue", "sample": "save pictures of", "eval": "score"}
 # the fields that --resume may change, and those that --sample and --eval may
 SPANS = "iters log_every sample_every eval_every save_every".split()
 FREE_ON_RESUME = [*SPANS, *"lr lr_g lr_d device precision deterministic data".split()]
-FREE_ON_USE = "device precision data judge seed eval_draws eval_images fid_weights pairs category".split()
+ON_DEMAND = "to n labels with_ digit".split()  # those of --sample RUN --to FOLDER alone
+FREE_ON_USE = [*"device precision data judge seed eval_draws eval_images fid_weights pairs category".split(),
+               *ON_DEMAND]
 LEAST = dict(batch_size=2, eval_images=2, judge_width=4)  # counts whose least is not 1
 LARGEST = 10**9  # nothing needs more, and a seed of 10¹³ would overflow
 
@@ -34,6 +36,8 @@ class Settings:
     judge: str = "auto"  # auto (trained once and cached), none, or a checkpoint of a classifier
     judge_width: int = 64  # width of the judge that auto trains; for scenes and faces 64 is ResNet-18
     judge_steps: int = 5000  # its training steps
+    to: str = ""  # with --sample: the new folder for single images, instead of grids
+    n: int = 100  # with --to: how many images
 
     def __post_init__(self):
         """Check types and ranges: counts are at least 1 or as LEAST says (*_every: 0), other numbers 0."""
@@ -61,7 +65,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")  # with_ has its name because "with" is Python's
 
 
 def parse(Config: type[Settings], quick: dict, description: str, argv: list[str] | None = None,
@@ -89,10 +93,13 @@ def parse(Config: type[Settings], quick: dict, description: str, argv: list[str]
         else:
             options = dict(type=kind, metavar=kind.__name__.upper())
         text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
-        parser.add_argument(flag(field.name), help=text, **options)
+        parser.add_argument(flag(field.name), dest=field.name, help=text, **options)
     given = vars(parser.parse_args(argv))
     use_quick = given.pop("quick", False)
     action = next((action for action in ACTIONS if action in given), "train")
+    odd = [name for name in ON_DEMAND if name in given]
+    if odd and not (action == "sample" and given.get("to")):
+        raise UserError(f"{flag(odd[0])} is for --sample RUN --to FOLDER, single images of a run")
     if action == "train":
         return action, Config(**(quick if use_quick else {}) | given), None
     folder = Path(given.pop(action))

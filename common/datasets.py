@@ -36,14 +36,28 @@ class Data:
     groups: tuple[tuple[int, ...], ...] = ()  # faces: columns of which each face has exactly one
     scene: torch.Tensor | None = None  # scenes: [N]; frames of a scene share objects: split by this
     tests: dict[str, torch.Tensor] = field(default_factory=dict)  # scenes: label sets [32, 3] to generate
-    test_factors: dict[str, torch.Tensor] = field(default_factory=dict)  # synthetic digits: slant … [M]
     origin: str = ""  # names the code that renders such images, or MNIST's pixels: for a shipped judge
 
     def __post_init__(self):
         n, size = len(self.images), self.images.shape[-1]
+        if not n:  # of a checkpoint
+            return
         if self.test_images is not None and (m := len(self.test_images)) < 2:
             raise UserError(f"{self.name}: {n + m} images are too few: {m} for scores, at least 2 are needed")
         print(f"data: {self.name} ({self.source}), {n:,} training images of {size}×{size}")
+
+    def about(self) -> dict:
+        """What a checkpoint keeps of the data, so that sampling needs no more: Data.known(about)."""
+        some = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))[:10_000]
+        return dict(name=self.name, kind=self.kind, source=self.source, classes=self.classes,
+                    digest=self.digest, groups=self.groups, tests=self.tests,
+                    labels=self.labels[some].byte(), images=self.images.new_empty(0, *self.images.shape[1:]))
+
+    @classmethod
+    def known(cls, about: dict) -> "Data":
+        """Data without images, and with at most 10,000 of the labels, from about()."""
+        labels = about["labels"].to(torch.float32 if about["kind"] == "faces" else torch.int64)
+        return cls(**about | {"labels": labels})
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """A judge's training images and labels, and those held out from it: of scenes a fixed tenth."""
@@ -149,6 +163,14 @@ def pad_ids(objects: list[str], ids: dict[str, int], where: str) -> list[int]:
     return sorted(ids[o] for o in objects) + [len(ids)] * (3 - len(objects))
 
 
+def label_sets(text: str, classes: tuple[str, ...]) -> torch.Tensor:
+    """Such as "red cube, blue sphere; gray cylinder" → padded ids of each set [K, 3]; raises UserError."""
+    ids = {name: i for i, name in enumerate(classes)}
+    with reading(f"--labels {text!r}", 'sets of objects, such as "red cube, blue sphere; gray cylinder"'):
+        sets = [[name.strip() for name in objects.split(",")] for objects in text.split(";")]
+        return torch.tensor([pad_ids(objects, ids, f"set {i}") for i, objects in enumerate(sets, 1)])
+
+
 # ---------------------------------------------------------------------- digits
 
 def load_digits(cfg, image_size: int) -> Data:
@@ -157,7 +179,7 @@ def load_digits(cfg, image_size: int) -> Data:
     cfg.data: "mnist" (data/MNIST, downloaded if missing), a folder with MNIST/raw or the four files, perhaps
     .gz or ….idx3-ubyte, "synthetic", or "auto". UserError: missing, damaged, too few or not to be downloaded.
     """
-    source, n, factors, origin = cfg.data, cfg.n_synthetic, {}, ""
+    source, n, origin = cfg.data, cfg.n_synthetic, ""
     if source == "auto":
         try:
             read_mnist(Path("data"), False, download=True)
@@ -170,15 +192,14 @@ def load_digits(cfg, image_size: int) -> Data:
     if source == "synthetic":
         d = cached(*rendering(digits, n + n // 6 + 1, 28, ("images", "labels", "factors")))
         sets = [(d["images"][part], d["labels"][part]) for part in (slice(n), slice(n, None))]
-        factors, origin = {name: value[n:] for name, value in d["factors"].items()}, d["key"]
+        origin = d["key"]
     else:
         root = Path("data" if source == "mnist" else source)
         sets = [read_mnist(root, train, download=source == "mnist") for train in (True, False)]
     digest = digest_of("", *(x for pair in sets for x in pair))
     train, test = ((resize(images, [image_size, image_size]), labels) for images, labels in sets)
     return Data("synthetic digits" if source == "synthetic" else "MNIST", "digits", source, *train,
-                tuple("0123456789"), f"{digest}-{image_size}", *test, test_factors=factors,
-                origin=origin or digest)
+                tuple("0123456789"), f"{digest}-{image_size}", *test, origin=origin or digest)
 
 
 def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,12 +262,12 @@ def load_faces(cfg) -> Data:
         pixels + repr(classes), labels), test_images, y[test], one_of_groups(labels), origin=origin)
 
 
-def pick_columns(attributes: str, known: tuple[str, ...], where: str) -> list[int]:
+def pick_columns(attributes: str, known: tuple[str, ...], where: str, flag="--attributes") -> list[int]:
     """The columns of the names in `attributes`, joined by commas; all if it is empty."""
     names = attributes.split(",") if attributes else known
     unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) < len(names):
-        raise UserError(f"--attributes {attributes}: {f'no {unknown[0]}' if unknown else 'a name twice'}; "
+        raise UserError(f"{flag} {attributes}: {f'no {unknown[0]}' if unknown else 'a name twice'}; "
                         f"{where} has {', '.join(known)}")
     return [known.index(name) for name in names]
 
@@ -356,7 +377,7 @@ class Batches:
     def __init__(self, data: Data, batch_size: int, seed: int, device: torch.device):
         self.images, self.labels, self.batch_size, self.seed = data.images, data.labels, batch_size, seed
         self.device, self.epoch, self.per_epoch = device, -1, len(data.images) // batch_size
-        if not self.per_epoch:
+        if not self.per_epoch and len(data.images):
             raise UserError(f"--batch-size {batch_size} is more than the {len(data.images)} training images")
         if device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.images, self.labels = self.images.to(device), self.labels.to(device)

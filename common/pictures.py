@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from common.datasets import Data, to_float
-from common.system import write_whole
+from common.cli import Settings
+from common.datasets import Data, label_sets, to_float
+from common.system import free_folder, write_json, write_whole
 
 FONT_LACKS = str.maketrans({"×": "x", "→": "to", "…": "...", "·": " ", "–": "-", "±": "+-", "−": "-"})
 LINE = 14  # pixels a line of text takes
@@ -71,21 +72,31 @@ def real_above_generated(real: torch.Tensor, fake: torch.Tensor, nrow: int = 8) 
 
 
 def names_of(labels: torch.Tensor, classes: Sequence[str]) -> list[list[str]]:
-    """The requested objects of each label set [N, 3], for captions."""
-    return [[classes[i] for i in ids if i < len(classes)] for ids in labels.tolist()]
+    """The requested objects of each label set [N, 3], or attributes of each face, float [N, A]."""
+    sets = [y.nonzero().flatten() for y in labels] if labels.is_floating_point() else labels
+    return [[classes[i] for i in ids if i < len(classes)] for ids in map(torch.Tensor.tolist, sets)]
 
 
 @torch.no_grad()
-def save_scenes(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_dim: int, data: Data,
-                folder: Path, title: str, seed: int) -> None:
+def save_scenes(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], cfg: Settings, data: Data,
+                folder: Path, title: str) -> None:
     """Grids of scenes: both test lists, real above generated, each object alone, interpolations in z.
 
-    sample(z [N, z_dim], labels [N, 3]) → images [N, 3, H, W] in [-1, 1].
+    sample(z [N, z_dim], labels [N, 3]) → images [N, 3, H, W] in [-1, 1]. With cfg.to single images instead,
+    of the sets that cfg.labels names in turn; empty: those of training images.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(cfg.seed)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, z_dim, generator=g)
+        return torch.randn(*shape, cfg.z_dim, generator=g)
+
+    if cfg.to:
+        sets = label_sets(cfg.labels, data.classes) if cfg.labels else data.labels
+
+        def make(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            labels = sets[numbers % len(sets)]
+            return sample(noise(len(labels)), labels), labels
+        return save_images(make, cfg, data.classes)
 
     def save(name: str, what: str, images: torch.Tensor, labels: torch.Tensor) -> None:
         save_grid(folder / f"{name}.png", images, f"{title}: {what}", captions=names_of(labels, data.classes))
@@ -93,11 +104,12 @@ def save_scenes(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_
     for name, labels in data.tests.items():
         images = sample(noise(len(labels)), labels)
         save(name, f"{name}.json, requested objects below each image", images, labels)
-    index = torch.randint(len(data.images), (32,), generator=g)
-    labels = data.labels[index]
-    save("real_beside_generated", "lines of training images, below each generated ones with the same labels",
-         real_above_generated(data.images[index], sample(noise(32), labels)),
-         labels.view(4, 8, 3).repeat(1, 2, 1).view(64, 3))
+    if len(data.images):
+        index = torch.randint(len(data.images), (32,), generator=g)
+        labels = data.labels[index]
+        save("real_beside_generated", "lines of training images, below each generated ones with the same "
+             "labels", real_above_generated(data.images[index], sample(noise(32), labels)),
+             labels.view(4, 8, 3).repeat(1, 2, 1).view(64, 3))
     null = len(data.classes)
     labels = torch.tensor([[i, null, null] for i in range(null)])
     save("objects", "each object alone, one z", sample(noise(1).expand(null, -1), labels), labels)
@@ -105,6 +117,26 @@ def save_scenes(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_
     z = torch.lerp(*noise(2, len(labels), 1), torch.linspace(0, 1, 8)[:, None]).flatten(0, 1)
     labels = labels.repeat_interleave(8, 0)
     save("interpolation", "from one z to another, the same labels along a line", sample(z, labels), labels)
+
+
+def save_images(make: Callable[[torch.Tensor], tuple], cfg: Settings, classes: Sequence[str] = ()) -> None:
+    """Write cfg.n PNGs to the new folder cfg.to and, if they have labels, labels.json, {file: names}.
+
+    make(numbers of the images [B]) → images [B, C, S, S] in [-1, 1] and labels for names_of, or None.
+    """
+    folder, names, digits = free_folder(cfg.to, ""), {}, len(str(cfg.n - 1))
+    for numbers in torch.arange(cfg.n).split(100):
+        images, labels = make(numbers)  # an error in what is requested comes before the folder
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [f"{i:0{digits}}.png" for i in numbers.tolist()]
+        pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+        for file, image in zip(files, pixels, strict=True):
+            to_pil_image(image).save(folder / file)
+        if labels is not None:
+            names |= zip(files, names_of(labels, classes), strict=True)
+    if names:
+        write_json(folder / "labels.json", names)
+    print(f"{folder}: {cfg.n:,} images")
 
 
 def save_gif(path: Path, pictures: list[Path]) -> None:

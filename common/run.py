@@ -52,8 +52,8 @@ class Run:
         self.wants_pictures, self.wants_scores = action != "eval", action != "sample"
         self.step, self.best, self.means, self.row, self.writer = 0, -math.inf, {}, {}, None
         self.looping, self.signal, self.warned, self.idle = False, None, set(), 0
-        if action == "train" and cfg.out:
-            system.free_folder(cfg.out, "")  # an error now, not after the judge's training
+        if target := cfg.to or cfg.out * (action == "train"):
+            system.free_folder(target, "")  # an error now, not after the judge's training
         self.trained_seed, self.sittings = cfg.seed, []
         if folder:
             with reading(folder / "config.json", "the settings of a run"):
@@ -70,6 +70,18 @@ class Run:
     def autocast(self) -> torch.autocast:
         """bf16 within, if --precision says so; else as without. Losses and penalties stay fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16")
+
+    def get_data(self, load: Callable[..., Data], *args) -> Data:
+        """load(cfg, …); for --sample without the images, what the checkpoint knows of them."""
+        try:
+            if not self.cfg.to:
+                return load(self.cfg, *args)
+        except UserError as error:
+            if self.action != "sample":
+                raise
+            print(f"*** {error} ***\n*** so there will be no real images in the pictures ***")
+        name = next((n for n in ("best", "last") if (self.folder / f"{n}.pt").exists()), "last")
+        return Data.known(self._read(name)["data"])
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -98,9 +110,9 @@ class Run:
         if state["step"] > self.cfg.iters:
             raise UserError(f"--iters {self.cfg.iters}: {self.folder} is already at {state['step']}")
         self.step, self.best, self.means = state["step"], state["best"], state["means"]
-        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        torch.set_rng_state(state["rng"]["cpu"])
         if "cuda" in state["rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
     def save(self, name: str) -> None:
         """Write NAME.pt; raises NotFinite, and keeps the old file, if a value in it is not finite."""
@@ -112,26 +124,38 @@ class Run:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        state |= dict(step=self.step, best=self.best, means=self.means, data=self.data.digest, rng=rng,
+        state |= dict(step=self.step, best=self.best, means=self.means, data=self.data.about(), rng=rng,
                       config=vars(self.cfg))
         previous = self.folder / "previous.pt" if name == "last" else None
         system.write_whole(self.folder / f"{name}.pt", lambda p: torch.save(state, p), previous)
 
-    def load(self, name: str) -> dict:
-        """Put the state in NAME.pt back into everything tracked, except learning rates; returns all of it."""
+    def _read(self, name: str) -> dict:
+        """The content of NAME.pt; UserError if it is damaged."""
         path = self.folder / f"{name}.pt"
         with reading(path, "a checkpoint of this run"):
             if damaged := ZipFile(path).testzip():  # torch.load does not check the sums
                 raise ValueError(f"{damaged} is damaged")
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             if missing := {*"step best means rng data".split()} - state.keys():
                 raise ValueError(f"it lacks {sorted(missing)}")
-            for key, thing in self.tracked.items():
+        return state
+
+    def load(self, name: str) -> dict:
+        """Put the state in NAME.pt back into everything tracked, except learning rates; returns all of it.
+
+        --sample needs only what is sampled from.
+        """
+        state, needed = self._read(name), self.tracked
+        if self.action == "sample":
+            needed = {key: thing for key, thing in needed.items() if key in ("ema", "vae")}
+        with reading(self.folder / f"{name}.pt", "a checkpoint of this run"):
+            for key, thing in needed.items():
                 rates = [group["lr"] for group in getattr(thing, "param_groups", ())]
                 thing.load_state_dict(state[key])
                 for group, rate in zip(getattr(thing, "param_groups", ()), rates, strict=True):
                     group["lr"] = rate  # as config.json has it now
-        if state["data"] != self.data.digest:
+            digest = state["data"]["digest"]
+        if digest != self.data.digest:
             raise UserError(f"{self.cfg.data} does not hold the images that {self.folder} was trained on: "
                             "restore them, or name their new place with --data")
         return state
@@ -281,7 +305,7 @@ class Run:
         rate, self.mark = (self.step - since) / max(now - then, 1e-9), (now, self.step)
         left = timedelta(seconds=int((iters - self.step) / rate))
         values = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-        line = f"step {self.step}/{iters}  {values}  {rate:.2f} it/s  {left} left"
+        line = f"step {self.step}/{iters}  {rate:.2f} it/s  {left} left  {values}"  # a terminal's width of it
         terminal = sys.stdout.isatty()
         if terminal:
             line = f"\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K"

@@ -113,8 +113,8 @@ def free_folder(out: str, name: str) -> Path:
     numbered = (Path(f"runs/{name}-{n}" if n > 1 else f"runs/{name}") for n in itertools.count(1))
     folder = Path(out) if out else next(path for path in numbered if not path.exists())
     if out and (folder.is_file() or any(p.is_file() for p in folder.rglob("[!.]*"))):
-        raise UserError(f"--out {out} already exists, and a run is never overwritten: choose another folder, "
-                        "or continue that run with --resume")
+        raise UserError(f"{out} already exists, and its files are never overwritten: choose another folder, "
+                        "or continue a run with --resume")
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"{folder} can't be created: {there} is not a writable folder")

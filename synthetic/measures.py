@@ -60,15 +60,6 @@ def code_effects(make: Callable[..., torch.Tensor], z_dim: int, n_categories: in
     return effects
 
 
-def correlations(codes: torch.Tensor, labels: torch.Tensor,
-                 factors: dict[str, torch.Tensor]) -> dict[str, float]:
-    """{"code 1 ~ slant": Spearman's correlation of codes [N, C] with true factors [N], mean over classes}."""
-    classes = [labels == digit for digit in labels.unique()]
-    return {f"code {c + 1} ~ {name}": torch.stack([spearman(codes[k, c], factors[name][k]) for k in classes]
-                                                  ).mean().item()
-            for c in range(codes.shape[1]) for name in ("slant", "width")}
-
-
 def match(codes: torch.Tensor, digits: torch.Tensor,
           n_categories: int) -> tuple[list[int], float, torch.Tensor]:
     """Match categories [N] one-to-one to digits [N] so that they agree most often.

@@ -277,7 +277,7 @@ def test_mnist_is_found_read_as_it_lies_and_resized(tmp_path, no_network):
     assert torch.equal(data.images, images[:40]) and torch.equal(data.test_images, images[40:])
     assert torch.equal(data.labels, labels[:40]) and torch.equal(data.test_labels, labels[40:])
     assert (data.source, data.name) == ("mnist", "MNIST")
-    assert data.classes == tuple("0123456789") and not data.test_factors
+    assert data.classes == tuple("0123456789")
     for size in (32, 64):
         resized = load_digits(tmp_path / "data", size)
         assert resized.images.shape == (40, 1, size, size) and resized.images.dtype == torch.uint8
@@ -287,13 +287,12 @@ def test_mnist_is_found_read_as_it_lies_and_resized(tmp_path, no_network):
         assert resized.digest != data.digest
 
 
-def test_synthetic_digits_come_with_their_factors():
+def test_synthetic_digits():
     data = load_digits("synthetic", 32)
     assert data.name == "synthetic digits" and data.images.shape == (60, 1, 32, 32)
-    assert len(data.test_images) == len(data.test_labels) == len(data.test_factors["slant"]) == 11
-    images, labels, factors = digits.render(71)
+    assert len(data.test_images) == len(data.test_labels) == 11
+    images, labels, _ = digits.render(71)
     assert torch.equal(data.test_labels, labels[60:])
-    assert torch.equal(data.test_factors["width"], factors["width"][60:])
 
 
 def test_without_mnist_and_network_auto_is_synthetic_and_mnist_is_refused(capsys, no_network):

@@ -10,9 +10,8 @@ from torch import nn
 from torch.nn.functional import one_hot
 
 import infogan_mnist
-from common.datasets import load_digits
 from synthetic.measures import match
-from tests.conftest import Reader, judge_of, rows_of, run_here, settings
+from tests.conftest import Reader, judge_of, rows_of, run_here
 
 
 def networks(ch=64, image_size=64, z_dim=62, n_categories=10, n_continuous=2):
@@ -160,25 +159,6 @@ def test_score_categories_of_known_digits():
     assert found["digit"].tolist() == [(k + 3) % 10 for k in range(10)]
     assert found["code → digit"] == pytest.approx(0.9, abs=0.02)
     assert found["purity"].tolist() == pytest.approx([0.9] * 10, abs=0.06)
-
-
-def test_score_reading_is_that_of_q_s_estimates(here):
-    data = load_digits(settings(n_synthetic=1000), 32)
-    factors = data.test_factors
-
-    def Q(h):  # reads the true class and factors
-        i = [int((data.test_images == x.byte()).flatten(1).all(1).nonzero()[0]) for x in h]
-        logits = one_hot((data.test_labels[i] + 1) % 10, 10).float()
-        slant = factors["slant"][i] * 2 + 10 * data.test_labels[i]  # correlations are within the classes
-        return logits, torch.stack([slant, -factors["width"][i]], 1)
-
-    def body(x):
-        return (x + 1) * 127.5 + 0.01
-    found = infogan_mnist.score_reading(body, Q, data, torch.device("cpu"))
-    assert found["Q's category → class"] == (1, 0)
-    assert found["Q's code 1 ~ slant"][0] == pytest.approx(1)
-    assert abs(found["Q's code 1 ~ width"][0]) < 0.4
-    assert found["Q's code 2 ~ width"][0] == pytest.approx(-1)
 
 
 def test_pictures_and_scores_of_a_run(here):

@@ -1,0 +1,137 @@
+"""--sample RUN --to FOLDER: single images of a run, which need its folder alone."""
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import acgan_celeba
+import infogan_mnist
+from common.blocks import Average
+from common.datasets import label_sets
+from common.errors import UserError
+from synthetic import faces, scenes
+from tests.conftest import TINY, run_here, script
+
+LOADERS = {name: f"{name}.load_{kind}" for kind, names in (
+    ("digits", ("dcgan_mnist", "infogan_mnist")), ("faces", ("acgan_celeba", "vae_celeba")),
+    ("iclevr", ("sngan_iclevr", "cdcgan_iclevr"))) for name in names}
+
+
+@pytest.fixture
+def trained(here, monkeypatch):
+    """A function: name of a script → the folder of a run of it, whose data can no longer be loaded."""
+    def train(name: str, **fields) -> Path:
+        folder = run_here(name, iters=2, **fields)
+
+        def gone(*_):
+            raise UserError("no such data")
+        monkeypatch.setattr(LOADERS[name], gone)
+        return folder
+    return train
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_single_images_without_the_data(name, trained, tmp_path):
+    folder, again = trained(name, judge="none"), tmp_path / "again"
+    state = torch.load(folder / "last.pt", weights_only=True)
+    for weight in state["vae" if name == "vae_celeba" else "ema"].values():
+        if weight.ndim > 1:
+            weight *= 20  # two iterations make hardly more than grey
+    torch.save(state, folder / "last.pt")
+    for to, seed in (("images", 0), ("again", 0), ("other", 1)):
+        run_here(name, "sample", folder, to=to, n=11, seed=seed)
+    assert sorted(p.name for p in again.glob("*.png")) == [f"{i:02}.png" for i in range(11)]
+    found = pixels(again)
+    assert found.shape[:3] == (11, 32, 32) and found.std((1, 2)).min() > 0
+    assert np.array_equal(found, pixels(tmp_path / "images"))
+    assert not np.array_equal(found, pixels(tmp_path / "other"))
+    assert (again / "labels.json").exists() == (name in ("acgan_celeba", "sngan_iclevr", "cdcgan_iclevr"))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_grids_without_the_data_have_no_real_images(name, trained, capsys):
+    folder = trained(name, judge="none")
+    before = set(folder.glob("*.png"))
+    for path in before:
+        path.unlink()
+    run_here(name, "sample", folder)
+    assert "no such data" in capsys.readouterr().out
+    missing = {path.name for path in before - set(folder.glob("*.png"))}
+    assert missing - {"reconstructions.png", "interpolation.png", "arithmetic.png", "curves.png"} <= {
+        "real_beside_generated.png"}
+
+
+@pytest.mark.parametrize("name", ["sngan_iclevr", "cdcgan_iclevr"])
+def test_requested_objects(name, trained, tmp_path, monkeypatch):
+    asked = []
+    call = Average.__call__
+    monkeypatch.setattr(Average, "__call__", lambda net, z, y: (asked.append(y), call(net, z, y))[1])
+    folder = trained(name, judge="none")
+    asked.clear()
+    run_here(name, "sample", folder, to="images", n=5, labels="red cube,blue sphere; gray cylinder")
+    pair, single = ["red cube", "blue sphere"], ["gray cylinder"]
+    named = json.loads((tmp_path / "images" / "labels.json").read_text())
+    assert {file: set(names) for file, names in named.items()} == {
+        f"{i}.png": set((pair, single)[i % 2]) for i in range(5)}
+    sets, (ids,) = label_sets("red cube, blue sphere;gray cylinder", scenes.OBJECTS), asked
+    assert torch.equal(ids, sets[[0, 1, 0, 1, 0]])
+
+
+def test_faces_with_attributes(trained, tmp_path):
+    folder = trained("acgan_celeba", judge="none")
+    wanted = [faces.FACE_ATTRIBUTES[0], faces.FACE_ATTRIBUTES[-1]]
+    run_here("acgan_celeba", "sample", folder, to="images", n=40, with_=",".join(wanted))
+    named = json.loads((tmp_path / "images" / "labels.json").read_text())
+    assert all(set(wanted) < set(names) and len(names) == 4 for names in named.values())
+    assert len({tuple(names) for names in named.values()}) > 4  # the other groups vary
+    with pytest.raises(UserError, match="--with: a face has only one of"):
+        run_here("acgan_celeba", "sample", folder, to="more", with_=",".join(faces.FACE_ATTRIBUTES[:2]))
+    with pytest.raises(UserError, match="--with Hat: no Hat; the run has"):
+        run_here("acgan_celeba", "sample", folder, to="more", with_="Hat")
+    assert not (tmp_path / "more").exists()
+
+
+def test_wanted_attributes_are_kept_without_groups():
+    data = acgan_celeba.Data("", "faces", "", torch.zeros(9, 3, 8, 8), torch.eye(3).repeat(3, 1),
+                             ("a", "b", "c"), "")
+    y = acgan_celeba.request(data, 50, torch.Generator().manual_seed(0), [1])
+    assert y[:, 1].all() and y[:, 0].any() and not y[:, 0].all()
+
+
+def test_a_digit_is_that_of_the_matched_category(trained, tmp_path, monkeypatch):
+    folder = trained("infogan_mnist")
+    digits = json.loads((folder / "scores.json").read_text())["last"]["digit"][0]
+    asked, join = [], infogan_mnist.join
+    monkeypatch.setattr(infogan_mnist, "join", lambda z, k, *rest: (asked.append(k), join(z, k, *rest))[1])
+    run_here("infogan_mnist", "sample", folder, to="images", n=7, digit="4")
+    assert torch.cat(asked).tolist() == [digits.index(4)] * 7 and len(pixels(tmp_path / "images")) == 7
+    (folder / "scores.json").unlink()
+    with pytest.raises(UserError, match="scores.json can't be read.*which --eval writes"):
+        run_here("infogan_mnist", "sample", folder, to="more", digit="4")
+
+
+def test_mistakes_are_refused_before_anything_is_written(here):
+    folder = run_here("sngan_iclevr", iters=2, judge="none")
+    (here / "full").mkdir()
+    (here / "full" / "mine.txt").write_text("mine")
+    for arguments, message in (
+            ("--to x --labels 'red cubes'", "set 1 has an unknown object 'red cubes'"),
+            ("--to x --labels 'red cube;'", "set 2 has an unknown object ''"),
+            ("--to x --labels 'red cube,red cube'", "1 to 3 different objects"),
+            ("--to x --labels 'red cube,blue cube,gray cube,red sphere'", "1 to 3 different objects"),
+            ("--to x --n 0", "--n 0: must be at least 1"), ("--to full", "full already exists"),
+            ("--n 5", "--n is for --sample RUN --to FOLDER"),
+            ("--labels 'red cube'", "--labels is for --sample RUN --to FOLDER")):
+        with pytest.raises(AssertionError, match=f"error: .*{message}"):
+            script("sngan_iclevr", "--sample", str(folder), *shlex.split(arguments), cwd=here)
+    with pytest.raises(AssertionError, match="--to is for --sample"):
+        script("sngan_iclevr", "--resume", str(folder), "--to", "x", cwd=here)
+    assert not (here / "x").exists() and [p.name for p in (here / "full").iterdir()] == ["mine.txt"]
