@@ -122,6 +122,9 @@ def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
     """The judge that cfg.judge names: "auto" (the shipped one, else as trained_judge), "none", or a path."""
     if cfg.judge == "none":
         return None
+    if not data.classes:
+        print("no judge and no scores: the images have no labels")
+        return None
     path = Path(cfg.judge)
     if cfg.judge == "auto":
         path = SHIPPED / f"{data.name.lower().replace(' ', '-')}-{data.images.shape[-1]}.pt"

@@ -34,7 +34,7 @@ class Config(Settings):
     z_dim: int = 128  # dimensions of the latent z, with prior N(0, I)
     ch: int = 32  # width: a sixteenth of the feature maps at 4×4
     image_size: Literal[32, 64, 128] = 128  # height and width of the images
-    data: str = "auto"  # auto (data/celeba if it exists, else synthetic), synthetic, or a folder of faces
+    data: str = "auto"  # auto (data/celeba if it exists, else synthetic), synthetic, or a folder of images
     attributes: str = ""  # attributes, joined by commas; empty: eight of CelebA's, all of another set's
     crop: int = 0  # side of the square cut out of the middle of each image; 0: the largest
     skip_bad_images: bool = False  # leave out, and count, images that can't be used
@@ -183,16 +183,17 @@ def save_pictures(vae: VAE, data: Data, cfg: Config, folder: Path, title: str) -
         z = encode_all(vae, data.test_images[data.test_labels[:, attribute] == 0][:4])[0]
         z = torch.stack([z, z + direction], 1).flatten(0, 1)
         rows += [decode_all(vae, z), torch.ones(8 - len(z), *faces.shape[1:])]  # white if fewer lack it
-    save_grid(folder / "arithmetic.png", torch.cat(rows),
-              f"{title}: four held-out faces without an attribute, reconstructed as they are and with its "
-              "direction added", rows=data.classes)
+    if rows:
+        save_grid(folder / "arithmetic.png", torch.cat(rows),
+                  f"{title}: four held-out faces without an attribute, reconstructed as they are and with "
+                  "its direction added", rows=data.classes)
 
 
 # ---------------------------------------------------------------------- training
 
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
-    data = run.get_data(load_faces)
+    data = run.get_data(load_faces, False)
     batches = Batches(data, cfg.batch_size, cfg.seed, device)
 
     torch.manual_seed(cfg.seed)

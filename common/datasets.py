@@ -229,9 +229,10 @@ FACE_LAYOUTS = {  # attribute table: name of the set, folder of the images besid
 CELEBA_ATTRIBUTES = "Bangs,Black_Hair,Blond_Hair,Brown_Hair,Eyeglasses,Male,Smiling,Young"  # easy to see
 
 
-def load_faces(cfg) -> Data:
+def load_faces(cfg, labelled: bool = True) -> Data:
     """Faces from the folder cfg.data (one of FACE_LAYOUTS), or cfg.n_synthetic synthetic ones.
 
+    labelled: must there be attributes? Else a folder of images of any kind, without a table, will do, too.
     cfg.attributes: columns of the table, joined by commas; "": eight of CelebA's, all of another set's.
     cfg.crop: side of the square cut out of the middle of each image; 0: the largest. cfg.skip_bad_images:
     leave out, and count, missing and unusable ones, else UserError. A fixed tenth is held out for tests.
@@ -245,11 +246,17 @@ def load_faces(cfg) -> Data:
     else:
         tables = [Path(source) / name for name in FACE_LAYOUTS]
         table = next(filter(os.path.isfile, tables), tables[0])
-        name, folder = FACE_LAYOUTS[table.name]
-        known, rows = read_attributes(table)
+        name, folder = FACE_LAYOUTS[table.name][0], table.parent / FACE_LAYOUTS[table.name][1]
+        known, rows = (), {} if labelled or table.is_file() else dict.fromkeys(image_names(table.parent), ())
+        if rows:
+            folder = table.parent
+            name = folder.resolve().name
+        else:
+            known, rows = read_attributes(table)
         columns = pick_columns(cfg.attributes or CELEBA_ATTRIBUTES * (name == "CelebA"), known, str(table))
-        images, pixels, kept = load_images(table.parent / folder, rows, size, cfg.crop, cfg.skip_bad_images)
-        labels = torch.tensor([[rows[name][i] for i in columns] for name in kept]).view(-1, len(columns))
+        images, pixels, kept = load_images(folder, rows, size, cfg.crop, cfg.skip_bad_images)
+        labels = [[rows[file][i] for i in columns] for file in kept]
+        labels = torch.tensor(labels).view(len(kept), len(columns))
         if len(kept) < len(rows):
             print(f"*** {folder}: left out {len(rows) - len(kept)} unusable images ***")
     classes = tuple(known[i] for i in columns)
@@ -301,6 +308,12 @@ def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]
 # ---------------------------------------------------------------------- decoding and caching
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's reader of EPS starts a program
+
+
+def image_names(folder: Path) -> list[str]:
+    """The names of the images directly in a folder."""
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+    return [path.name for path in folder.glob("[!.]*") if path.suffix.lower() in endings]
 
 
 class Threads(ThreadPoolExecutor):

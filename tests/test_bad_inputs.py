@@ -72,7 +72,7 @@ FLAGS = [  # command, part of the message
     (f"dcgan_mnist {SMALL['dcgan_mnist']} --judge text", "text can't be read"),
     (f"dcgan_mnist {SMALL['dcgan_mnist']} --fid-weights nowhere.pth", "nowhere.pth can't be read"),
     (f"dcgan_mnist {SMALL['dcgan_mnist']} --fid-weights text", "its SHA-256 is"),
-    (f"dcgan_mnist {SMALL['dcgan_mnist']} --out text", "--out text already exists"),
+    (f"dcgan_mnist {SMALL['dcgan_mnist']} --out text", "text already exists"),
     (f"dcgan_mnist {SMALL['dcgan_mnist']} --out full", "--out full already exists"),
     (f"dcgan_mnist {SMALL['dcgan_mnist']} --out text/run", "text is not a writable folder"),
     (f"dcgan_mnist {SMALL['dcgan_mnist']} --out {'x' * 300}", "File name too long"),

@@ -175,7 +175,7 @@ def test_an_existing_folder_is_never_overwritten(tmp_path):
     (tmp_path / "empty" / "within").mkdir(parents=True)
     assert system.free_folder("empty", "x") == Path("empty")  # a folder without files is fine
     (tmp_path / "empty" / "within" / "notes.txt").touch()
-    with pytest.raises(UserError, match="--out empty already exists.*--resume"):
+    with pytest.raises(UserError, match="empty already exists.*--resume"):
         system.free_folder("empty", "x")
     with pytest.raises(UserError, match="can't be created: .*notes.txt is not a writable folder"):
         system.free_folder("empty/within/notes.txt/run", "x")

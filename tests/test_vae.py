@@ -12,6 +12,7 @@ from torch.distributions import Normal, kl_divergence
 
 import vae_celeba
 from common.datasets import Data, load_faces
+from common.errors import UserError
 from tests.conftest import Reader, judge_of, rows_of, run_here, settings
 
 
@@ -86,8 +87,8 @@ def test_what_adding_an_attribute_does_is_counted():
 
 
 def test_faces_that_all_have_every_attribute_end_with_the_other_scores(here, monkeypatch):
-    def load(cfg):
-        data = load_faces(cfg)
+    def load(*args):
+        data = load_faces(*args)
         ones = dict(labels=torch.ones_like(data.labels), test_labels=torch.ones_like(data.test_labels))
         return replace(data, groups=(), **ones)
     monkeypatch.setattr(vae_celeba, "load_faces", load)
@@ -95,3 +96,17 @@ def test_faces_that_all_have_every_attribute_end_with_the_other_scores(here, mon
     scores = json.loads((folder / "scores.json").read_text())
     assert scores["best"]["found without and with"] == {} and "attribute added" not in scores["summary"]
     assert 0 <= scores["summary"]["attributes kept"][0] <= 1
+
+
+def test_a_folder_of_images_needs_no_table(here, capsys):
+    (here / "my pictures").mkdir()
+    for i in range(40):
+        image = Image.new("RGB", (20 + i, 50 - i), (i, 100, 200))
+        image.save(here / "my pictures" / (f"picture {i}.JPG" if i % 2 else f"{i}.png"))
+    (here / "my pictures" / "notes.txt").write_text("not an image")
+    folder = run_here("vae_celeba", iters=2, data="my pictures")
+    assert "my pictures (my pictures), 36 training images" in (out := capsys.readouterr().out)
+    assert "no judge and no scores: the images have no labels" in out
+    assert (folder / "reconstructions.png").exists() and not (folder / "scores.json").exists()
+    with pytest.raises(UserError, match="my pictures/list_attr_celeba.txt can't be read"):
+        load_faces(settings(data="my pictures"))  # as the ACGAN does, which needs labels
