@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import dcgan_mnist
 import sngan_iclevr
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY, flags
 
 # what copied code may import; the rest of the project (runs, data, pictures, scores) may not be needed
 ALLOWED = ("math", "contextlib", "itertools", "collections.abc", "torch", "torch.nn.functional",
@@ -26,6 +28,16 @@ for net, weights in zip((G, D), before):
     assert any(not torch.equal(p, q) for p, q in zip(net.parameters(), weights))
 print("trained")
 """
+OWN_IMAGES = {  # what README.md says to change for a folder of images
+    "load_digits, 32": "load_faces, False", "Data, load_digits": "Data, load_faces",
+    "    pairs: int = 5": """    image_size: int = 32
+    crop: int = 0
+    attributes: str = ""
+    skip_bad_images: bool = False
+    pairs: int = 5""",
+    "nn.ConvTranspose2d(h, 1, 4, 2, 1)": "nn.ConvTranspose2d(h, 3, 4, 2, 1)",
+    "nn.Conv2d(1, h, 4, 2, 1)": "nn.Conv2d(3, h, 4, 2, 1)",
+}
 DCGAN = dict(networks='G, D = Generator("conv", 8, 4), Discriminator("conv", 4)',
              steps="""fake = G(torch.randn(6, 8))
     d = d_step(D, opt_d, torch.rand(6, 1, 32, 32), fake)
@@ -62,3 +74,21 @@ def test_copied_networks_and_steps_train(tmp_path, module, names, code):
     done = subprocess.run([sys.executable, "copied.py"], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.stdout == "trained\n", done.stderr
+
+
+def test_dcgan_of_a_folder_of_images(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for i in range(40):
+        Image.new("RGB", (30 + i, 60), (6 * i, 0, 100)).save(tmp_path / "mine" / f"{i}.png")
+    source = (ROOT / "dcgan_mnist.py").read_text(encoding="utf-8")
+    for old, new in OWN_IMAGES.items():
+        assert old in source
+        source = source.replace(old, new)
+    (tmp_path / "dcgan_mine.py").write_text(source, encoding="utf-8")
+    settings = flags(TINY["dcgan_mnist"] | dict(data="mine", iters=2, sample_every=1))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "dcgan_mine.py", *settings], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grid = np.asarray(Image.open(tmp_path / "runs" / "dcgan_mine" / "samples" / "step_0000002.png"))
+    assert (grid[..., 0] != grid[..., 2]).any()  # in colour
