@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets import MNIST, mnist, utils
 from torchvision.transforms.functional import center_crop, resize
 
+from common import parallel
 from common.errors import UserError, reading
 from common.system import cached, digest_of
 from synthetic import digits, faces, rendering, scenes
@@ -40,7 +41,7 @@ class Data:
 
     def __post_init__(self):
         n, size = len(self.images), self.images.shape[-1]
-        if not n:  # of a checkpoint
+        if not n and self.test_images is None:  # of a checkpoint
             return
         if self.test_images is not None and (m := len(self.test_images)) < 2:
             raise UserError(f"{self.name}: {n + m} images are too few: {m} for scores, at least 2 are needed")
@@ -384,12 +385,16 @@ def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
 class Batches:
     """Shuffled batches, without replacement within an epoch, as a pure function of seed and number.
 
+    Under torchrun, of each batch the process's share.
+
     The images live on `device` if they take at most half of its free memory, else in the host's.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int, device: torch.device):
         self.images, self.labels, self.batch_size, self.seed = data.images, data.labels, batch_size, seed
         self.device, self.epoch, self.per_epoch = device, -1, len(data.images) // batch_size
+        if batch_size % parallel.world():
+            raise UserError(f"--batch-size {batch_size} is not a multiple of {parallel.world()} processes")
         if not self.per_epoch and len(data.images):
             raise UserError(f"--batch-size {batch_size} is more than the {len(data.images)} training images")
         if device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
@@ -402,7 +407,7 @@ class Batches:
             g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.order = torch.randperm(len(self.images), generator=g).to(self.images.device)
             self.epoch = epoch
-        index = self.order[at * self.batch_size:(at + 1) * self.batch_size]
+        index = parallel.share(self.order[at * self.batch_size:(at + 1) * self.batch_size])
         images, labels = self.images[index], self.labels[index]
         if images.device.type != self.device.type:  # "cuda" and "cuda:0" are not equal, but alike
             images, labels = (x.pin_memory().to(self.device, non_blocking=True) for x in (images, labels))

@@ -20,7 +20,7 @@ from zipfile import ZipFile
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
-from common import system
+from common import parallel, system
 from common.cli import Settings, parse
 from common.datasets import Data
 from common.errors import NotFinite, Stopped, UserError, exit_status, reading
@@ -37,9 +37,10 @@ def launch(main: Callable[["Run"], None], Config: type[Settings], quick: dict) -
     script = Path(main.__code__.co_filename)  # as the module __main__ may be a profiler
 
     def call() -> None:
-        action, cfg, folder = parse(Config, quick, main.__globals__["__doc__"], script=script)
-        with Run(cfg, script, action, folder) as run:
-            main(run)
+        with parallel.processes():
+            action, cfg, folder = parse(Config, quick, main.__globals__["__doc__"], script=script)
+            with Run(cfg, script, action, folder) as run:
+                main(run)
     sys.exit(exit_status(call))
 
 
@@ -49,9 +50,12 @@ class Run:
     def __init__(self, cfg: Settings, script: Path, action: str = "train", folder: Path | None = None):
         self.cfg, self.script, self.action, self.folder = cfg, script, action, folder
         self.trains = action in ("train", "resume")
-        self.wants_pictures, self.wants_scores = action != "eval", action != "sample"
+        self.first = parallel.rank() == 0  # of torchrun's processes, if there are several
+        self.wants_pictures = action != "eval" and self.first
+        self.wants_scores = action != "sample" and self.first
         self.step, self.best, self.means, self.row, self.writer = 0, -math.inf, {}, {}, None
-        self.looping, self.signal, self.warned, self.idle = False, None, set(), 0
+        self.looping, self.signal, self.warned, self.idle = False, 0, set(), 0
+        self.started = time.monotonic()
         if target := cfg.to or cfg.out * (action == "train"):
             system.free_folder(target, "")  # an error now, not after the judge's training
         self.trained_seed, self.sittings = cfg.seed, []
@@ -75,7 +79,12 @@ class Run:
         """load(cfg, …); for --sample without the images, what the checkpoint knows of them."""
         try:
             if not self.cfg.to:
-                return load(self.cfg, *args)
+                if not self.first:  # it finds the cache that the first has written
+                    parallel.largest(0)
+                data = load(self.cfg, *args)
+                if self.first:
+                    parallel.largest(0)
+                return data
         except UserError as error:
             if self.action != "sample":
                 raise
@@ -91,6 +100,12 @@ class Run:
         A damaged last.pt is passed over for the one before it. Without any, training starts anew.
         """
         self.data, self.tracked, self.cfg.data = data, tracked, data.source
+        if parallel.world() > 1:
+            for thing in tracked.values():
+                if isinstance(thing, torch.optim.Optimizer):
+                    thing.register_step_pre_hook(parallel.average_gradients)
+        if not self.first:  # weights are equal, what is random from now on is not
+            torch.manual_seed(self.cfg.seed + parallel.rank() * 1_000_003)
         if self.action != "resume":
             return
         names = [name for name in ("last", "previous", "best") if (self.folder / f"{name}.pt").exists()]
@@ -110,20 +125,25 @@ class Run:
         if state["step"] > self.cfg.iters:
             raise UserError(f"--iters {self.cfg.iters}: {self.folder} is already at {state['step']}")
         self.step, self.best, self.means = state["step"], state["best"], state["means"]
-        torch.set_rng_state(state["rng"]["cpu"])
-        if "cuda" in state["rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        if parallel.rank() < len(state["rng"]):  # else it was saved by fewer processes
+            rng = state["rng"][parallel.rank()]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and self.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def save(self, name: str) -> None:
         """Write NAME.pt; raises NotFinite, and keeps the old file, if a value in it is not finite."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        rng = parallel.gather(rng) if name == "last" else [rng]
+        if not self.first:
+            return
         state = {key: thing.state_dict() for key, thing in self.tracked.items()}
         for key, values in state.items():
             for path, x in tensors(values):
                 if not x.isfinite().all():
                     raise NotFinite(f"{key}{path} is not finite at step {self.step}. {self._kept()}")
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         state |= dict(step=self.step, best=self.best, means=self.means, data=self.data.about(), rng=rng,
                       config=vars(self.cfg))
         previous = self.folder / "previous.pt" if name == "last" else None
@@ -165,6 +185,8 @@ class Run:
 
         The last one stays loaded: pictures are of it, and scores.json's summary. Without scores, only that.
         """
+        if not self.first:
+            return
         names = [name for name in names if (self.folder / f"{name}.pt").exists()]
         if not names:
             raise UserError(f"{self.folder} has no checkpoint yet: continue it with --resume")
@@ -180,16 +202,19 @@ class Run:
         """
         if not self.trains:
             return
-        name = self.script.stem + ("-synthetic" if self.data.source == "synthetic" else "")
-        self.folder = self.folder or system.free_folder(self.cfg.out, name)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with system.locked(self.folder):
-            self._open()
+        with contextlib.ExitStack() as stack:
+            if self.first:
+                name = self.script.stem + ("-synthetic" if self.data.source == "synthetic" else "")
+                self.folder = self.folder or system.free_folder(self.cfg.out, name)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(system.locked(self.folder))
+                self._open()
             self.looping = True
             for step in range(self.step + 1, self.cfg.iters + 1):
                 self.step, self.is_best = step, False
                 yield step
-                stop = self.signal is not None
+                stop = parallel.largest(self.signal)  # a signal to any process stops all
+                self.signal = self.signal or stop  # one may have come meanwhile
                 if self.row or self.due("log"):
                     self._log()
                 if self.is_best:
@@ -199,15 +224,16 @@ class Run:
                 if stop:
                     break
             self.looping = False
-            self._finish_pictures()
-        if self.signal is not None:
+            if self.first:
+                self._finish_pictures()
+        if self.signal:
             command = f"{self.script.name} --resume {self.folder}"
             raise Stopped(f"stopped at step {self.step}; to continue: {command}", self.signal)
         print(f"{self.folder}: {self.step} iterations, {time.monotonic() - self.started:.0f} s")
 
     def due(self, what: str) -> bool:
         """Is it time to "log", "sample", "eval" or "save"? After the last iteration too, unless never."""
-        every = getattr(self.cfg, f"{what}_every")
+        every = getattr(self.cfg, f"{what}_every") * (self.first or what == "save")
         return bool(every) and (self.step % every == 0 or self.step == self.cfg.iters)
 
     def record(self, **values: torch.Tensor) -> None:
@@ -341,7 +367,7 @@ class Run:
     def __enter__(self):
         """A signal stops the loop after its iteration; a second one, or one outside of the loop, at once."""
         def stop(signum, _frame):
-            if self.signal is not None or not self.looping:
+            if self.signal or not self.looping:
                 raise Stopped("stopped", signum)
             self.signal = signum
             with contextlib.suppress(OSError):  # not print, which may be what was interrupted

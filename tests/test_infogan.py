@@ -172,4 +172,3 @@ def test_pictures_and_scores_of_a_run(here):
     assert list(summary) == ["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)"]
     assert summary["a code ~ width"][0] >= max(abs(last[f"code {c} ~ width"][0]) for c in (1, 2))
     assert 0.1 <= last["code → digit"][0] <= 1 and len(last["digit"][0]) == len(last["purity"][0]) == 10
-    assert {"Q's category → class", "Q's code 2 ~ width"} < last.keys()

@@ -106,7 +106,7 @@ def test_scenes_leave_five_grids(tmp_path):
     def sample(z, y):
         requests.append((z, y))
         return torch.full((len(z), 3, 64, 64), -1.0)
-    pictures.save_scenes(sample, 5, data, tmp_path, "title", 0)
+    pictures.save_scenes(sample, SimpleNamespace(to="", z_dim=5, seed=0), data, tmp_path, "title")
     assert " ".join(sorted(p.stem for p in tmp_path.iterdir())) == (
         "interpolation new_test objects real_beside_generated test")
     lines = np.array(Image.open(tmp_path / "real_beside_generated.png"))[-8 * 79 - 2:-2].reshape(8, 79, -1, 3)
