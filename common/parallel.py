@@ -46,8 +46,9 @@ def processes():
             store.set("told", "")
             raise
         except ConnectionError:
-            if store.check(["told"]):
-                sys.exit(2)
+            with contextlib.suppress(RuntimeError):  # the store may be gone with its process
+                if store.check(["told"]):
+                    sys.exit(2)
             raise
         except Stopped as stopped:
             if rank():
