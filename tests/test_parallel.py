@@ -140,7 +140,9 @@ def test_a_killed_process_ends_the_other_with_one_line(plain, tmp_path, killed):
     wait_until_both_train(tmp_path)
     both[killed].kill()
     status, _, error = ends(both, timeout=60)[1 - killed]
-    assert status == 2 and error == "error: another of torchrun's processes has ended\n"
+    *torch_s, ours = error.splitlines()
+    assert (status, ours) == (2, "error: another of torchrun's processes has ended")
+    assert not torch_s or killed == 0 and "Traceback" not in error  # torch warns if its store is gone
 
 
 @pytest.mark.parametrize("arguments, message", [
