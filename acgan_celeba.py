@@ -10,7 +10,6 @@ et al. 2018 (WGAN-div), Huang et al. 2024 (paired), Miyato et al. 2018, Miyato &
 
 Results, with commands and hardware: results/README.md.
 """
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -233,7 +232,7 @@ def switched(y: torch.Tensor, attribute: int, value: int, data: Data) -> torch.T
 
 @torch.no_grad()
 def save_pictures(make: Callable, data: Data, run: Run, title: str) -> None:
-    """Grids: samples, real beside generated, each attribute switched, combinations; make(z, y) → images."""
+    """Grids: samples, real beside generated, each attribute switched; make(z, y) → images."""
     folder, g = run.folder, torch.Generator().manual_seed(run.cfg.seed)
     z, y = torch.randn(64, run.cfg.z_dim, generator=g), request(data, 64, g)
     save_grid(folder / "samples.png", make(z, y), title)
@@ -253,14 +252,6 @@ def save_pictures(make: Callable, data: Data, run: Run, title: str) -> None:
         pictures = [make(z[:4].repeat(2, 1), torch.cat([switched(y[:4], a, value, data) for value in (0, 1)]))
                     for a in each]
     save_grid(folder / "attributes.png", torch.cat(pictures), f"{title}: {what}", rows=data.classes)
-
-    if data.groups:
-        every = torch.cartesian_prod(*(torch.arange(len(columns)) for columns in data.groups))
-        every = torch.cat([F.one_hot(k, len(c)) for k, c in zip(every.T, data.groups, strict=True)], 1)
-        lines = data.groups[:len(data.groups) // 2]  # a line for each combination of the first groups
-        names = [" + ".join(data.classes[i] for i in line) for line in itertools.product(*lines)]
-        save_grid(folder / "combinations.png", make(z[:1].expand(len(every), -1), every.float()),
-                  f"{title}: all {len(every)} combinations, one z", nrow=len(every) // len(names), rows=names)
 
 
 # ---------------------------------------------------------------------- training

@@ -21,7 +21,7 @@ EVERY = dict(sample_every=3, eval_every=4, save_every=4)
 GRIDS = {
     "dcgan_mnist": ["samples", "real_beside_generated", "interpolation", "extrapolation"],
     "infogan_mnist": ["samples", "real_beside_generated", "code_1", "code_2", "category_0_code_1"],
-    "acgan_celeba": ["samples", "real_beside_generated", "attributes", "combinations"],
+    "acgan_celeba": ["samples", "real_beside_generated", "attributes"],
     "vae_celeba": ["samples", "reconstructions", "interpolation", "arithmetic"],
     "sngan_iclevr": ["test", "new_test", "real_beside_generated", "objects", "interpolation"],
     "cdcgan_iclevr": ["test", "new_test", "real_beside_generated", "objects", "interpolation"],
