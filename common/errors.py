@@ -50,6 +50,10 @@ def _call(main: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, NotFinite) else 2
     except (MemoryError, RuntimeError) as error:
+        if "PYTORCH_ENABLE_MPS_FALLBACK" in str(error):
+            print("error: PyTorch lacks an operation for Apple's GPUs: set PYTORCH_ENABLE_MPS_FALLBACK=1, "
+                  "or use --device cpu", file=sys.stderr)
+            return 2
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
             raise
         reason = str(error).strip().split("\n")[0][:120]

@@ -116,6 +116,9 @@ def test_an_edited_config_is_checked_as_flags_are(tmp_path, field, value):
     (Stopped("stopped", signal.SIGTERM), 143, "\nstopped\n"), (KeyboardInterrupt(), 130, ""), (None, 0, ""),
     (OSError(28, "No space left on device", "r/metrics.csv"), 2,
      "error: [Errno 28] No space left on device: 'r/metrics.csv'\n"),
+    (NotImplementedError("… 'aten::x' … MPS … set PYTORCH_ENABLE_MPS_FALLBACK=1 …"), 2,
+     "error: PyTorch lacks an operation for Apple's GPUs: set PYTORCH_ENABLE_MPS_FALLBACK=1, "
+     "or use --device cpu\n"),
     (RuntimeError("CUDA out of memory. Tried\n x"), 2,
      "error: not enough memory (CUDA out of memory. Tried): use a smaller batch, width or image\n"),
 ])
