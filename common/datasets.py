@@ -122,7 +122,8 @@ def load_iclevr(cfg) -> Data:
     folder = Path(source)
     ids, train, tests = read_iclevr_lists(folder)
     places = map(folder.joinpath, ("images", "iclevr", "image"))
-    images, pixels, names = load_images(next(filter(os.path.isdir, places), folder / "images"), train, size)
+    place = next(filter(os.path.isdir, places), folder / "images")
+    images, pixels, names = load_images(place, sorted(train), size)
     labels = torch.tensor([train[name] for name in names])
     scene = np.unique([name.rsplit("_", 1)[0] for name in names], return_inverse=True)[1]
     return Data("i-CLEVR", "scenes", source, images, labels, tuple(sorted(ids, key=ids.get)),
@@ -255,19 +256,18 @@ def load_faces(cfg, labelled: bool = True) -> Data:
         else:
             known, rows = read_attributes(table)
         columns = pick_columns(cfg.attributes or CELEBA_ATTRIBUTES * (name == "CelebA"), known, str(table))
-        images, pixels, kept = load_images(folder, rows, size, cfg.crop, cfg.skip_bad_images)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        files = sorted(rows)
+        images, pixels, kept = load_images(folder, [files[i] for i in order], size, cfg.crop,
+                                           cfg.skip_bad_images)
         labels = [[rows[file][i] for i in columns] for file in kept]
         labels = torch.tensor(labels).view(len(kept), len(columns))
         if len(kept) < len(rows):
             print(f"*** {folder}: left out {len(rows) - len(kept)} unusable images ***")
     classes = tuple(known[i] for i in columns)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    test, train = (part.sort().values for part in order.tensor_split([len(order) // 10]))
-    y, test_images = labels.float(), images[test]
-    for i, part in enumerate(train.split(1024)):  # moved up in place: memory may not do for a second copy
-        images[1024 * i:1024 * i + len(part)] = images[part]
-    return Data(name, "faces", source, images[:len(train)], y[train], classes, digest_of(
-        pixels + repr(classes), labels), test_images, y[test], one_of_groups(labels), origin=origin)
+    y, n = labels.float(), len(images) - len(images) // 10  # in random order, so without copies
+    return Data(name, "faces", source, images[:n], y[:n], classes, digest_of(pixels + repr(classes), labels),
+                images[n:], y[n:], one_of_groups(labels), origin=origin)
 
 
 def pick_columns(attributes: str, known: tuple[str, ...], where: str, flag="--attributes") -> list[int]:
@@ -323,9 +323,9 @@ class Threads(ThreadPoolExecutor):
         self.shutdown(cancel_futures=True)
 
 
-def load_images(folder: Path, names: list[str] | dict, size: int, crop: int | None = None,
+def load_images(folder: Path, names: list[str], size: int, crop: int | None = None,
                 skip_bad: bool = False) -> tuple[torch.Tensor, str, list[str]]:
-    """The named images, sorted, as RGB: uint8 [K, 3, size, size], a digest of the pixels, and their names.
+    """The named images as RGB: uint8 [K, 3, size, size], a digest of the pixels, and their names.
 
     crop: side of the square to cut out of the middle first; 0: the largest; None: squeeze the whole image.
     skip_bad: leave out what is missing, unreadable or smaller than the crop, otherwise a UserError.
@@ -335,9 +335,9 @@ def load_images(folder: Path, names: list[str] | dict, size: int, crop: int | No
     with reading(folder, "the folder of the images"):
         stats = {entry.name: entry.stat() for entry in os.scandir(folder) if entry.is_file()}
     if not skip_bad and (missing := [name for name in names if name not in stats]):
-        raise UserError(f"{folder / missing[0]} is missing ({len(missing)} of {len(names)} images are): "
+        raise UserError(f"{folder / min(missing)} is missing ({len(missing)} of {len(names)} images are): "
                         "unpack the set again, or remove them from the list that names them")
-    names = sorted(name for name in names if name in stats)
+    names = [name for name in names if name in stats]
     state = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in names]
 
     def decode() -> dict:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from zipfile import ZipFile
 
 import torch
 from torchvision.transforms.functional import pil_to_tensor
@@ -153,9 +152,7 @@ class Run:
         """The content of NAME.pt; UserError if it is damaged."""
         path = self.folder / f"{name}.pt"
         with reading(path, "a checkpoint of this run"):
-            if damaged := ZipFile(path).testzip():  # torch.load does not check the sums
-                raise ValueError(f"{damaged} is damaged")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = system.load_checked(path)
             if missing := {*"step best means rng data".split()} - state.keys():
                 raise ValueError(f"it lacks {sorted(missing)}")
         return state

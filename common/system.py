@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 
@@ -129,11 +130,22 @@ def digest_of(text: str, *tensors: torch.Tensor) -> str:
     return digest.hexdigest()[:12]
 
 
+def load_checked(path: Path, **options) -> dict:
+    """torch.load of plain values to the CPU, after a check of the file's sums, which torch leaves out."""
+    with ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True, **options)
+
+
 def cached(path: Path, key, make: Callable[[], dict]) -> dict:
-    """make()'s tensors with a "digest" of the images, read from `path` if it was written for the same key."""
+    """make()'s tensors with a "digest" of the images, read from `path` if it was written for the same key.
+
+    What is read stays in the file until it is used (mmap): sets may exceed memory, and processes share them.
+    """
     key = digest_of(repr(key))
     with contextlib.suppress(Exception):  # none, or a damaged one, which is rebuilt
-        stored = torch.load(path, weights_only=True)
+        stored = load_checked(path, mmap=True)
         if stored["key"] == key and re.fullmatch("[0-9a-f]{12}", stored["digest"]):  # it names a file
             print(f"read from the cache {path}")
             return stored

@@ -286,6 +286,19 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def test_a_cache_with_a_flipped_bit_is_made_again(tmp_path):
+    made = []
+
+    def make() -> dict:
+        made.append(1)
+        return {"images": torch.arange(5000)}
+    for times, damage in ((1, None), (1, None), (2, flip_a_bit)):
+        if damage:
+            damage(tmp_path / "cache.pt")
+        found = system.cached(tmp_path / "cache.pt", "key", make)
+        assert len(made) == times and torch.equal(found["images"], torch.arange(5000))
+
+
 def take_its_random_state(path: Path) -> None:
     state = torch.load(path, weights_only=True)
     del state["rng"]
