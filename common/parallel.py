@@ -23,7 +23,7 @@ def world() -> int:
 @contextlib.contextmanager
 def processes():
     """Within, the processes that torchrun started, if it did, know each other. Only the first one prints."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     with reading("WORLD_SIZE", "set by torchrun, along with where its processes meet"):
