@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -315,7 +316,7 @@ def main(run: Run) -> None:
                 scores[name]["FID"] = evaluator.score_fid(sample, inception, data.test_images, **options)
     if cfg.to:
         wanted = pick_columns(cfg.with_, data.classes, "the run", "--with") if cfg.with_ else []
-        save_images(lambda numbers: sample(len(numbers), g, wanted), cfg, data.classes)
+        save_images(partial(sample, wanted=wanted), cfg, data.classes)
     elif run.wants_pictures:
         save_pictures(make, data, run, f"{title}, step {step}")
     if judge:

@@ -219,8 +219,7 @@ def main(run: Run) -> None:
             if inception:
                 scores[name]["FID"] = evaluator.score_fid(sample, inception, data.test_images, **options)
     if cfg.to:
-        g = torch.Generator().manual_seed(cfg.seed)
-        save_images(lambda numbers: sample(len(numbers), g), cfg)
+        save_images(sample, cfg)
     elif run.wants_pictures:
         save_pictures(ema, data, cfg, run.folder, device, f"{title}, step {step}")
     if judge:

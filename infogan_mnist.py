@@ -314,8 +314,7 @@ def main(run: Run) -> None:
                 row["FID"] = evaluator.score_fid(sample, inception, data.test_images, n=n, **draws)
             scores[name] = row
     if cfg.to:
-        g, of = torch.Generator().manual_seed(cfg.seed), categories_of(cfg, run.folder)
-        save_images(lambda numbers: sample(len(numbers), g, of), cfg)
+        save_images(partial(sample, of=categories_of(cfg, run.folder)), cfg)
     elif run.wants_pictures:
         save_pictures(make, data, run, f"{title}, step {step}")
     if judge:

@@ -249,8 +249,7 @@ def main(run: Run) -> None:
                 row["attribute added"] = (sum(after for _, after in added.values()) / len(added), 0.0)
             scores[name] = row | {"found without and with": added}
     if cfg.to:
-        g = torch.Generator().manual_seed(cfg.seed)
-        save_images(lambda numbers: sample(len(numbers), g), cfg)
+        save_images(sample, cfg)
     elif run.wants_pictures:
         save_pictures(vae, data, cfg, run.folder, f"{title}, step {step}")
     if judge:

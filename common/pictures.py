@@ -1,4 +1,5 @@
 """Pictures: grids with a title and captions, the GIF of a run's progress, curves of its metrics."""
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -91,12 +92,12 @@ def save_scenes(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], cf
         return torch.randn(*shape, cfg.z_dim, generator=g)
 
     if cfg.to:
-        sets = label_sets(cfg.labels, data.classes) if cfg.labels else data.labels
+        turn = itertools.cycle(label_sets(cfg.labels, data.classes) if cfg.labels else data.labels)
 
-        def make(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            labels = sets[numbers % len(sets)]
-            return sample(noise(len(labels)), labels), labels
-        return save_images(make, cfg, data.classes)
+        def requested(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+            labels = torch.stack(list(itertools.islice(turn, n)))
+            return sample(torch.randn(n, cfg.z_dim, generator=g), labels), labels
+        return save_images(requested, cfg, data.classes)
 
     def save(name: str, what: str, images: torch.Tensor, labels: torch.Tensor) -> None:
         save_grid(folder / f"{name}.png", images, f"{title}: {what}", captions=names_of(labels, data.classes))
@@ -119,14 +120,16 @@ def save_scenes(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], cf
     save("interpolation", "from one z to another, the same labels along a line", sample(z, labels), labels)
 
 
-def save_images(make: Callable[[torch.Tensor], tuple], cfg: Settings, classes: Sequence[str] = ()) -> None:
+def save_images(sample: Callable[[int, torch.Generator], tuple], cfg: Settings,
+                classes: Sequence[str] = ()) -> None:
     """Write cfg.n PNGs to the new folder cfg.to and, if they have labels, labels.json, {file: names}.
 
-    make(numbers of the images [B]) → images [B, C, S, S] in [-1, 1] and labels for names_of, or None.
+    sample(how many, source of randomness) → images [B, C, S, S] in [-1, 1] and labels for names_of, or None.
     """
     folder, names, digits = free_folder(cfg.to, ""), {}, len(str(cfg.n - 1))
+    g = torch.Generator().manual_seed(cfg.seed)
     for numbers in torch.arange(cfg.n).split(100):
-        images, labels = make(numbers)  # an error in what is requested comes before the folder
+        images, labels = sample(len(numbers), g)  # an error in what is requested comes before the folder
         folder.mkdir(parents=True, exist_ok=True)
         files = [f"{i:0{digits}}.png" for i in numbers.tolist()]
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()

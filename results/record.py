@@ -102,7 +102,8 @@ def number(mean: float, std: float) -> str:
 
 
 def short(command: str) -> str:
-    """A command without the flags that change no score."""
+    """A command without the flags that change no score, and without folders of this machine."""
+    command = re.sub(r"--resume \S+", "--resume RUN", command)
     return "python " + re.sub(r" --(log-every|sample-every|save-every|out) \S+", "", command)
 
 

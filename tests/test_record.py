@@ -34,6 +34,13 @@ def test_the_readmes_links_exist():
         assert len(targets) > 10 and not missing
 
 
+def test_no_record_has_a_path_of_the_machine_that_made_it():
+    for path in record.RESULTS.glob("*.json"):
+        assert not re.search(r"[ \"=]/\w", path.read_text(encoding="utf-8")), path
+    found = record.short("x.py --resume /home/me/runs/a --iters 9 --out /tmp/b")
+    assert found == "python x.py --resume RUN --iters 9"
+
+
 def test_a_run_is_kept_with_all_that_its_figures_depend_on(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     record.record(tiny_run, "tiny", "a remark", ["interpolation"])
