@@ -53,6 +53,7 @@ class Config(Settings):
     q_weight: float = 0.1  # weight of the continuous codes' negative log-likelihood
     noise: float = 0.0  # standard deviation of the noise on all images that D and Q see, at the start
     noise_iters: int = 5000  # iterations in which the noise falls to 0
+    augment: float = 0.0  # 0 to 1: Q reads the category from images that slant and stroke width are changed in
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,7 +62,7 @@ class Config(Settings):
                             f"{self.category} below it")
 
 
-QUICK = dict(iters=9000, batch_size=64, ch=32, image_size=32, ema=0.99, noise=2.0, noise_iters=6000,
+QUICK = dict(iters=9000, batch_size=64, ch=32, image_size=32, ema=0.99, noise=2.0, noise_iters=6000, augment=1.0,
              log_every=100, sample_every=300, eval_every=3000, save_every=1000, eval_images=2000)
 
 
@@ -148,6 +149,21 @@ def noisy(images: torch.Tensor, std: float) -> torch.Tensor:
     return images + std * torch.randn_like(images)
 
 
+def augmented(images: torch.Tensor, strength: float) -> torch.Tensor:
+    """Each of the images [B, 1, S, S] with a stroke width, slant, size and place of its own.
+
+    What a category says then can't be any of these: the continuous codes are left to tell them.
+    """
+    thick, thin = F.max_pool2d(images, 3, 1, 1), -F.max_pool2d(-images, 3, 1, 1)
+    amount = strength * uniform(len(images), 1, 1, 1, device=images.device)
+    images = images + amount.relu() * (thick - images) + (-amount).relu() * (thin - images)
+    # x' = (1 ± 0.2) x ± 0.5 y ± 0.12, y' = ± 0.3 x + (1 ± 0.2) y ± 0.12, in half widths of the image
+    most = strength * torch.tensor([[0.2, 0.5, 0.12], [0.3, 0.2, 0.12]], device=images.device)
+    affine = torch.eye(2, 3, device=images.device) + most * uniform(len(images), 2, 3, device=images.device)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # what comes in from outside is black
+
+
 def d_step(body: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
            fake: torch.Tensor, noise: float = 0.0, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update the body and D's head with real and generated images [B, 1, S, S]."""
@@ -163,11 +179,13 @@ def d_step(body: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torc
 
 def gq_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: torch.optim.Optimizer, fake: torch.Tensor,
             category: torch.Tensor, continuous: torch.Tensor, q_weight: float = 0.1, noise: float = 0.0,
-            autocast=nullcontext) -> dict[str, torch.Tensor]:
+            augment: float = 0.0, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update G and Q's head by images fake = G(codes), still attached to G; only D's step trains the body."""
     with frozen(body, D), autocast():
         h = body(noisy(fake, noise))
         score, estimate = D(h).float(), Q(h)
+        if augment:
+            estimate = (Q(body(noisy(augmented(fake.float(), augment), noise)))[0], *estimate[1:])
     loss = losses.bce_g(score)
     q_category, q_continuous = q_losses(estimate, category, continuous)
     opt.zero_grad()
@@ -291,7 +309,8 @@ def main(run: Run) -> None:
             fake = G(join(z, category, continuous, cfg.n_categories))
         std = cfg.noise * max(0, 1 - step / cfg.noise_iters)
         run.record(**d_step(body, D, opt_d, real, fake, std, run.autocast))
-        run.record(**gq_step(body, D, Q, opt_g, fake, category, continuous, cfg.q_weight, std, run.autocast))
+        run.record(**gq_step(body, D, Q, opt_g, fake, category, continuous, cfg.q_weight, std, cfg.augment,
+                             run.autocast))
         ema.update(step)
 
         if run.due("sample"):
