@@ -172,3 +172,39 @@ def test_pictures_and_scores_of_a_run(here):
     assert list(summary) == ["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)"]
     assert summary["a code ~ width"][0] >= max(abs(last[f"code {c} ~ width"][0]) for c in (1, 2))
     assert 0.1 <= last["code → digit"][0] <= 1 and len(last["digit"][0]) == len(last["purity"][0]) == 10
+
+
+def test_images_are_augmented_each_in_its_own_way():
+    torch.manual_seed(0)
+    stroke = -torch.ones(64, 1, 32, 32)
+    stroke[..., 8:24, 15:18] = 1  # an upright bar, three pixels wide
+    assert torch.allclose(infogan_mnist.augmented(stroke, 0.0), stroke, atol=1e-5)
+    changed = infogan_mnist.augmented(stroke, 1.0)
+    assert changed.shape == stroke.shape and changed.min() >= -1 and changed.max() <= 1
+    ink = (changed + 1).sum((1, 2, 3)) / 2 / 48  # of the bar's
+    assert ink.min() < 0.6 and ink.max() > 1.6  # thinner and thicker ones
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    weight = (changed[:, 0] + 1) / (changed[:, 0] + 1).sum((1, 2), keepdim=True)
+    mean_x, mean_y = (weight * x).sum((1, 2)), (weight * y).sum((1, 2))
+    slope = ((weight * (x - mean_x[:, None, None]) * (y - mean_y[:, None, None])).sum((1, 2))
+             / (weight * (y - mean_y[:, None, None]).square()).sum((1, 2)))
+    assert slope.min() < -0.2 and slope.max() > 0.2  # leaning to both sides
+    assert mean_x.std() > 0.5 and mean_y.std() > 0.5
+
+
+def test_the_category_is_read_from_augmented_images_only():
+    G, body, D, Q = networks(ch=2, image_size=32)
+    seen, estimates = [], []
+    body.register_forward_hook(lambda module, x, y: seen.append(x[0].detach().float()))
+    opt = torch.optim.Adam([*G.parameters(), *Q.parameters()], 1e-3)
+    category, continuous = torch.arange(8), torch.rand(8, 2)
+    before = [p.detach().clone() for p in body.parameters()]
+    fake = G(infogan_mnist.join(torch.rand(8, 62), category, continuous, 10))
+    Q.register_forward_hook(lambda module, x, y: estimates.append(y))
+    values = infogan_mnist.gq_step(body, D, Q, opt, fake, category, continuous, augment=1.0)
+    plain, changed = estimates
+    assert torch.equal(values["q_category"], infogan_mnist.q_losses(changed, category, continuous)[0])
+    assert torch.equal(values["q_continuous"], infogan_mnist.q_losses(plain, category, continuous)[1])
+    assert len(seen) == 2 and torch.equal(seen[0], fake.detach()) and not torch.allclose(seen[1], seen[0])
+    assert all(p.grad is not None for p in G.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, body.parameters(), strict=True))
