@@ -53,7 +53,7 @@ class Config(Settings):
     q_weight: float = 0.1  # weight of the continuous codes' negative log-likelihood
     noise: float = 0.0  # standard deviation of the noise on all images that D and Q see, at the start
     noise_iters: int = 5000  # iterations in which the noise falls to 0
-    augment: float = 0.0  # 0 to 1: Q reads the category from images that slant and stroke width are changed in
+    augment: float = 0.0  # strength of the changes to slant, strokes … of images whose category Q reads
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,8 +62,8 @@ class Config(Settings):
                             f"{self.category} below it")
 
 
-QUICK = dict(iters=9000, batch_size=64, ch=32, image_size=32, ema=0.99, noise=2.0, noise_iters=6000, augment=1.0,
-             log_every=100, sample_every=300, eval_every=3000, save_every=1000, eval_images=2000)
+QUICK = dict(iters=9000, batch_size=64, ch=32, image_size=32, ema=0.99, noise=2.0, noise_iters=6000,
+             augment=1.0, log_every=100, sample_every=300, eval_every=3000, save_every=1000, eval_images=2000)
 
 
 # ---------------------------------------------------------------------- networks
