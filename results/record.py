@@ -50,10 +50,11 @@ def figures(folder: Path) -> dict:
 
 
 def keep(image: Image.Image, path: Path) -> None:
-    """Save a PNG; with 256 colours if it would be more than 300 KB, because pictures weigh on every clone."""
+    """Save a PNG of at most 300 KB, with fewer colours where it must be: pictures weigh on every clone."""
     image.save(path, optimize=True)
-    if path.stat().st_size > 300_000:
-        image.convert("RGB").quantize(256).save(path, optimize=True)
+    for colours in (256, 128, 64):
+        if path.stat().st_size > 300_000:
+            image.convert("RGB").quantize(colours).save(path, optimize=True)
 
 
 def grid_of(folder: Path) -> Image.Image:
