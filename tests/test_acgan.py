@@ -134,7 +134,7 @@ def test_the_penalties_weights_are_settings():
     def penalty(**more):
         return steps(**more)[0]["penalty"]
     assert penalty(gp_weight=20.0) == pytest.approx(2 * penalty(gp_weight=10.0), rel=1e-5)
-    assert penalty(loss="paired", gamma=2.0) == pytest.approx(4 * penalty(loss="paired"), rel=1e-5)
+    assert penalty(loss="paired", gamma=2.0) == pytest.approx(2 * penalty(loss="paired"), rel=1e-5)
 
 
 def test_labels_are_requested_evenly_in_groups_and_else_as_they_are(here):
