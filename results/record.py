@@ -50,10 +50,9 @@ def figures(folder: Path) -> dict:
 
 
 def keep(image: Image.Image, path: Path) -> None:
-    """Save a PNG of at most 300 KB, with fewer colours where it must be: pictures weigh on every clone."""
-    image.save(path, optimize=True)
+    """Save a PNG of 256 colours, fewer if it has over 300 KB: pictures weigh on every clone."""
     for colours in (256, 128, 64):
-        if path.stat().st_size > 300_000:
+        if colours == 256 or path.stat().st_size > 300_000:
             image.convert("RGB").quantize(colours).save(path, optimize=True)
 
 
