@@ -113,7 +113,7 @@ class Run:
             return
         for name in names:
             try:
-                state = self.load(name)
+                state = self.load(name, everything=True)
                 break
             except UserError as error:
                 if name == names[-1]:
@@ -157,16 +157,16 @@ class Run:
                 raise ValueError(f"it lacks {sorted(missing)}")
         return state
 
-    def load(self, name: str) -> dict:
+    def load(self, name: str, everything: bool = False) -> dict:
         """Put the state in NAME.pt back into everything tracked, except learning rates; returns all of it.
 
-        --sample needs only what is sampled from.
+        A generator kept under results/ has "only" what is sampled from, which is enough unless `everything`.
         """
-        state, needed = self._read(name), self.tracked
-        if self.action == "sample":
-            needed = {key: thing for key, thing in needed.items() if key in ("ema", "vae")}
+        state = self._read(name)
+        keys = self.tracked if everything else state.get("only", self.tracked)
         with reading(self.folder / f"{name}.pt", "a checkpoint of this run"):
-            for key, thing in needed.items():
+            for key in keys:
+                thing = self.tracked[key]
                 rates = [group["lr"] for group in getattr(thing, "param_groups", ())]
                 thing.load_state_dict(state[key])
                 for group, rate in zip(getattr(thing, "param_groups", ()), rates, strict=True):

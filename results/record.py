@@ -4,14 +4,17 @@
     python results/record.py                                   # only build the tables
 
 The kept grid is test.png or samples.png; --grids names others to keep beside it. A folder that
-benchmarks/sweep.py filled is kept as one, with a table and a picture of its own: a strip of each run.
+benchmarks/sweep.py filled is kept as one, with a table and a picture of its own: a strip of each run. With
+--generator only the run's generator is kept, in generators/KEPT_AS: a folder for --sample and --eval.
 """
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 RESULTS = Path(__file__).resolve().parent
@@ -22,8 +25,10 @@ from benchmarks.ablations import markdown  # noqa: E402
 from benchmarks.sweep import seconds_per_iteration  # noqa: E402
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, exit_status  # noqa: E402
+from common.system import load_checked, write_json  # noqa: E402
 
 END = "<!-- end -->"
+DIGITS = ("dcgan_mnist.py", "infogan_mnist.py")  # their summary and pictures are of last.pt
 # the README's table: script, paper, kept record, the write-up's figure
 SCRIPTS = (
     ("dcgan_mnist.py", "DCGAN, Radford et al. 2016", "dcgan_quick", "FID < 60"),
@@ -79,6 +84,20 @@ def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
         keep(Image.open(folder / f"{grid}.png"), RESULTS / f"{name}_{grid}.png")
 
 
+def keep_generator(folder: Path, target: Path) -> None:
+    """A run in `target` that holds the generator alone, in half precision: the one that the summary is of."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = "last" if config["script"] in DIGITS else "best"
+    state = load_checked(folder / f"{name}.pt")
+    weights = {key: x.half() if x.is_floating_point() else x for key, x in state["ema"].items()}
+    kept = {key: state[key] for key in ("step", "best", "data")} | {"means": {}, "rng": []}
+    settings = config["config"] | {"out": "", "precision": "auto"}
+    target.mkdir(parents=True, exist_ok=True)
+    torch.save(kept | {"ema": weights, "only": ["ema"]}, target / f"{name}.pt")
+    write_json(target / "config.json", config | {"config": settings, "sittings": []})
+    shutil.copy(folder / "scores.json", target)
+
+
 def strips(grids: dict[str, Image.Image], size: int = 64) -> Image.Image:
     """The last eight images of each grid (its last line, if that has fewer) in a row with its name.
 
@@ -109,8 +128,8 @@ def short(command: str) -> str:
 
 def summary_step(kept: dict) -> int:
     """The iteration of the checkpoint that the summary is of: the last one for digits, else the best."""
-    digits = kept["script"] in ("dcgan_mnist.py", "infogan_mnist.py")
-    return kept["scores"]["last" if digits or "best" not in kept["scores"] else "best"]["step"]
+    last = kept["script"] in DIGITS or "best" not in kept["scores"]
+    return kept["scores"]["last" if last else "best"]["step"]
 
 
 def data_of(kept: dict) -> str:
@@ -216,12 +235,16 @@ def main() -> None:
     parser.add_argument("name", nargs="?", help="what to keep it as")
     parser.add_argument("--note", default="", help="a remark for the table")
     parser.add_argument("--grids", nargs="*", default=[], help="pictures to keep beside it: interpolation …")
+    parser.add_argument("--generator", action="store_true", help="keep only the generator")
     args = parser.parse_args()
     finished = args.folder and any((args.folder / f).is_file() for f in ("scores.json", "sweep.csv"))
     if args.folder and not (args.name and finished):
         raise UserError(f"{args.folder}: give a run with scores.json (see --eval), or a sweep, and a name")
     if args.folder:
-        record(args.folder, args.name, args.note, args.grids)
+        if args.generator:
+            keep_generator(args.folder, ROOT / "generators" / args.name)
+        else:
+            record(args.folder, args.name, args.note, args.grids)
     for path, parts in blocks().items():
         text = path.read_text(encoding="utf-8")
         for marker, block in parts.items():

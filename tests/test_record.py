@@ -10,7 +10,9 @@ from PIL import Image
 
 from common import pictures
 from results import record
-from tests.conftest import TINY, flags, script
+from tests.conftest import TINY, flags, run_here, script
+
+GENERATORS = record.ROOT / "generators"
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,29 @@ def test_a_run_is_kept_with_all_that_its_figures_depend_on(tiny_run, tmp_path, m
                  "a remark", f"after {kept['scores']['best']['step']} |", "9 in 0 min", "(tiny.png)",
                  "[interpolation](tiny_interpolation.png)"):
         assert part in row
+
+
+def test_a_kept_generator_is_scored_as_its_run(tiny_run, tmp_path, workdir):
+    target = tmp_path / "generator"
+    record.keep_generator(tiny_run, target)
+    kept, run = ((folder / "best.pt").stat().st_size for folder in (target, tiny_run))
+    assert kept < run / 4
+    before = json.loads((tiny_run / "scores.json").read_text(encoding="utf-8"))
+    script("sngan_iclevr", "--eval", str(target), cwd=workdir)
+    scores = json.loads((target / "scores.json").read_text(encoding="utf-8"))
+    for name, (mean, _) in before["summary"].items():
+        assert scores["summary"][name][0] == pytest.approx(mean, abs=0.02)
+    with pytest.raises(AssertionError, match="best.pt can't be read"):  # there is nothing to train on
+        script("sngan_iclevr", "--resume", str(target), cwd=workdir)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GENERATORS.iterdir()))
+def test_the_generators_work_after_cloning(name, tmp_path):
+    folder = GENERATORS / name
+    run_here(name, "sample", folder, to=str(tmp_path / "images"), n=6)
+    images = [np.array(Image.open(path), int) for path in (tmp_path / "images").glob("*.png")]
+    assert len(images) == 6 and np.std(images, 0).mean() > 3 and np.std(images) > 10
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
 
 
 def test_a_sweep_is_kept_as_one(tiny_run, tmp_path, monkeypatch):
