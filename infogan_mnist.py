@@ -28,7 +28,7 @@ from common.datasets import Batches, Data, load_digits
 from common.errors import UserError, reading
 from common.pictures import save_grid, save_images
 from common.run import Run, launch
-from synthetic.measures import code_effects, match
+from synthetic.measures import category_digits, code_effects
 
 
 @dataclass
@@ -249,20 +249,6 @@ def categories_of(cfg: Config, folder: Path) -> torch.Tensor:
     return torch.tensor([k for k, digit in enumerate(digits) if digit == int(cfg.digit)])
 
 
-# ---------------------------------------------------------------------- scores
-
-def score_categories(make: Callable[..., torch.Tensor], cfg: Config, judge: evaluator.Judge,
-                     g: torch.Generator) -> dict:
-    """"code → digit": agreement of categories, each sampled equally often, with the judge's digits, matched
-    one-to-one to maximise it; "digit" and "purity" of each category.
-    """
-    category = torch.arange(cfg.eval_images) % cfg.n_categories
-    digits = [judge(make(uniform(len(k), cfg.z_dim, g=g), k, uniform(len(k), cfg.n_continuous, g=g)))
-              for k in category.split(judge.kind.at_once)]
-    digit, agreement, purity = match(category, torch.cat(digits).argmax(1).cpu(), cfg.n_categories)
-    return {"code → digit": agreement, "digit": torch.tensor(digit).double(), "purity": purity}
-
-
 # ---------------------------------------------------------------------- training
 
 def main(run: Run) -> None:
@@ -298,8 +284,9 @@ def main(run: Run) -> None:
         category = of[torch.randint(len(of), (n,), generator=g)]
         return make(uniform(n, cfg.z_dim, g=g), category, uniform(n, cfg.n_continuous, g=g)), None
 
-    categories = partial(score_categories, make, cfg, judge)
-    effects = partial(code_effects, make, cfg.z_dim, cfg.n_categories, cfg.n_continuous)
+    sizes = cfg.z_dim, cfg.n_categories, cfg.n_continuous
+    categories = partial(category_digits, make, judge, cfg.eval_images, *sizes)
+    effects = partial(code_effects, make, *sizes)
     for step in run.steps():
         real, _ = batches(step - 1)
         z = uniform(len(real), cfg.z_dim, device=device)

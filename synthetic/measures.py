@@ -73,3 +73,18 @@ def match(codes: torch.Tensor, digits: torch.Tensor,
     agree = counts[rows, columns].sum() / len(codes)
     purity = counts.max(1).values / counts.sum(1).clamp(min=1)
     return [assigned.get(k, -1) for k in range(n_categories)], agree.item(), purity
+
+
+def category_digits(make: Callable[..., torch.Tensor], judge, n: int, z_dim: int, n_categories: int,
+                    n_continuous: int, g: torch.Generator) -> dict:
+    """What digits InfoGAN's categories are, by `n` images of make(z, category, continuous) in all.
+
+    judge: an evaluator.Judge. Returns "code → digit", the agreement of match(), and of each category "digit"
+    and "purity".
+    """
+    category, read = torch.arange(n) % n_categories, []
+    for part in category.split(judge.kind.at_once):
+        z, continuous = (torch.rand(len(part), d, generator=g) * 2 - 1 for d in (z_dim, n_continuous))
+        read.append(judge(make(z, part, continuous)).argmax(1).cpu())
+    digit, agreement, purity = match(category, torch.cat(read), n_categories)
+    return {"code → digit": agreement, "digit": torch.tensor(digit).double(), "purity": purity}

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import one_hot
 
 import infogan_mnist
-from synthetic.measures import match
+from synthetic.measures import category_digits, match
 from tests.conftest import Reader, judge_of, rows_of, run_here
 
 
@@ -145,7 +145,7 @@ def test_match_finds_the_best_one_to_one_assignment():
     assert sorted(digit)[:2] == [-1, -1] and agree == pytest.approx(10 / 12)
 
 
-def test_score_categories_of_known_digits():
+def test_category_digits_of_known_digits():
     """Category k shows digit (k + 3) % 10; a tenth of the images shows the next digit."""
     g = torch.Generator().manual_seed(1)
 
@@ -153,9 +153,8 @@ def test_score_categories_of_known_digits():
         wrong = (torch.rand(len(category), generator=g) < 0.1).long()
         return ((category + 3 + wrong) % 10)[:, None, None, None].float().expand(-1, 1, 32, 32)
 
-    cfg = infogan_mnist.Config(eval_images=2000)
     judge = judge_of("digits", Reader(lambda x: one_hot(x[:, 0, 0, 0].round().long(), 10).float()))
-    found = infogan_mnist.score_categories(make, cfg, judge, torch.Generator().manual_seed(0))
+    found = category_digits(make, judge, 2000, 62, 10, 2, torch.Generator().manual_seed(0))
     assert found["digit"].tolist() == [(k + 3) % 10 for k in range(10)]
     assert found["code → digit"] == pytest.approx(0.9, abs=0.02)
     assert found["purity"].tolist() == pytest.approx([0.9] * 10, abs=0.06)
