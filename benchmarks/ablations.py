@@ -1,16 +1,18 @@
-"""The effect of each condition and trick of the i-CLEVR write-ups: one change at a time, three seeds.
+"""The worth of each part of the i-CLEVR scripts' quick presets, and of each trick of their write-ups.
 
-    python benchmarks/ablations.py             # narrow, 32×32; under two hours on two cores
-    python benchmarks/ablations.py --full      # both scripts at full size, on a GPU
-    python benchmarks/ablations.py --table     # only table and picture, of the finished runs
+    python benchmarks/ablations.py                         # under three hours on two cores
+    python benchmarks/ablations.py --minutes 60 -- --ch 64 # wider and longer; flags of both scripts after --
+    python benchmarks/ablations.py --table                 # only table and picture, of the finished runs
 
-Each run is a process of sngan_iclevr.py or cdcgan_iclevr.py, as in benchmarks/sweep.py. All of one script get
-about the same time: a change that makes iterations slower gets fewer. Narrow, both scripts get the same time;
-at full size each trains as long as its write-up's. After Ctrl-C the same command continues. The figures are
-of the last iteration, on both test lists: means over seeds of means over draws of z.
+One change at a time, three seeds, equal minutes. Each run is a process of sngan_iclevr.py or cdcgan_iclevr.py
+--quick, as in benchmarks/sweep.py. A row's pace is measured first, alone, and sets its iterations: a change
+that makes an iteration slower gets fewer. After Ctrl-C the same command continues. The figures are of the
+last iteration, on both test lists: means over seeds of means over draws of z.
 """
 import importlib
 import json
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,9 @@ from scipy.stats import dunnett, ttest_rel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluator  # noqa: E402
-from benchmarks.sweep import DIVERGED, Job, train_all  # noqa: E402
+from benchmarks.sweep import DIVERGED, Job, seconds_per_iteration, train_all  # noqa: E402
 from common import datasets  # noqa: E402
-from common.cli import Parser, parse  # noqa: E402
+from common.cli import Parser  # noqa: E402
 from common.errors import UserError, exit_status  # noqa: E402
 from common.pictures import names_of, save_grid  # noqa: E402
 from common.system import pick_device, write_json, write_whole  # noqa: E402
@@ -34,62 +36,70 @@ from common.system import pick_device, write_json, write_whole  # noqa: E402
 @dataclass
 class Row:
     script: str
-    flags: dict[str, str | None]  # by size, in addition to those of SIZES; None: no run of its own
+    flags: str | None  # in addition to the preset's; None: no run of its own
     beside: str  # the row it is compared with
     written: str  # what the write-up reports
 
 
-def both(flags: str) -> dict[str, str | None]:
-    return {"narrow": flags, "full": flags}
-
-
-SNGAN, DCGAN, NO_EMA = "SNGAN, projection", "DCGAN, concat", "no EMA"
+SNGAN, DCGAN, NO_EMA = "SNGAN, the preset", "DCGAN, the preset", "no EMA"
+NORM, BCE = "--d-norm batch --gamma 0", "--d-norm batch --gamma 0 --loss bce"
+ADAM = "--beta1 0.5 --beta2 0.999"
 ROWS = {
-    SNGAN: Row("sngan_iclevr", both(""), "", "0.79 and 0.82, at full size, by the course's judge"),
-    "linear joining": Row("sngan_iclevr", both("--label-embed linear"), SNGAN, "no significant difference"),
-    "no noise for D": Row("sngan_iclevr", both("--no-add-noise"), SNGAN, "noise is best"),
-    "flipped labels": Row("sngan_iclevr", both("--flip-labels 0.1"), SNGAN, "G collapsed to one object"),
-    "relativistic": Row("sngan_iclevr", both("--loss relativistic"), SNGAN, "worse"),
-    "decay": Row("sngan_iclevr", {"narrow": "--lr-decay-from 290", "full": "--lr-decay-from 4000"}, SNGAN,
-                 "tried, not kept"),
-    "1 D step": Row("sngan_iclevr", {"narrow": None, "full": "--n-dis 1 --iters 69000"}, SNGAN, "4 used"),
-    "2 D steps": Row("sngan_iclevr", {"narrow": "--n-dis 2 --iters 1540",
-                                      "full": "--n-dis 2 --iters 48000"}, SNGAN, "4 used"),
-    "4 D steps": Row("sngan_iclevr", {"narrow": "--n-dis 4 --iters 950", "full": None}, SNGAN, "4 used"),
-    NO_EMA: Row("sngan_iclevr", both(None), SNGAN, "no EMA used"),
-    DCGAN: Row("cdcgan_iclevr", both(""), SNGAN, "0.62, at full size, by the course's judge"),
-    "DCGAN, projection": Row("cdcgan_iclevr", both("--d-cond projection"), DCGAN, "not tried"),
-    "DCGAN, smooth labels": Row("cdcgan_iclevr", both("--smooth-labels"), DCGAN, "used"),
-    "DCGAN, flipped labels": Row("cdcgan_iclevr", both("--flip-labels 0.1"), DCGAN, "not given"),
+    SNGAN: Row("sngan_iclevr", "", "", "0.79 and 0.82, at full size, by the course's judge"),
+    "linear joining": Row("sngan_iclevr", "--label-embed linear", SNGAN, "no significant difference"),
+    "no noise for D": Row("sngan_iclevr", "--no-add-noise", SNGAN, "noise is best"),
+    "flipped labels": Row("sngan_iclevr", "--flip-labels 0.1", SNGAN, "G collapsed to one object"),
+    "decay": Row("sngan_iclevr", "--lr-decay-from {decay}", SNGAN, "tried, not kept"),
+    "4 D steps": Row("sngan_iclevr", "--n-dis 4", SNGAN, "4 used"),
+    NO_EMA: Row("sngan_iclevr", None, SNGAN, "no EMA used"),
+    "no auxiliary classifier": Row("sngan_iclevr", "--aux-weight 0", SNGAN, "none used"),
+    "hinge loss": Row("sngan_iclevr", "--loss hinge", SNGAN, "hinge used"),
+    "relativistic hinge": Row("sngan_iclevr", "--loss relativistic", "hinge loss", "worse"),
+    "no penalty": Row("sngan_iclevr", "--gamma 0", SNGAN, "none used"),
+    "spectral norm": Row("sngan_iclevr", "--gamma 0 --d-norm spectral", "no penalty", "used"),
+    "residual D": Row("sngan_iclevr", "--gamma 0 --d-norm spectral --d-net resnet", "spectral norm", "used"),
+    "as written up": Row("sngan_iclevr", "--gamma 0 --d-norm spectral --d-net resnet --loss hinge --n-dis 4 "
+                         f"--aux-weight 0 --lr-g 3e-4 --lr-d 1e-4 {ADAM}", SNGAN, "all of it, this narrow"),
+    DCGAN: Row("cdcgan_iclevr", "", SNGAN, "0.62, at full size, by the course's judge"),
+    "DCGAN, plane of labels": Row("cdcgan_iclevr", "--d-cond plane", DCGAN, "used"),
+    "DCGAN, no classifier": Row("cdcgan_iclevr", "--aux-weight 0", DCGAN, "none used"),
+    "DCGAN, no penalty": Row("cdcgan_iclevr", "--gamma 0", DCGAN, "none used"),
+    "DCGAN, batch norm": Row("cdcgan_iclevr", NORM, "DCGAN, no penalty", "used"),
+    "DCGAN, BCE": Row("cdcgan_iclevr", BCE, "DCGAN, batch norm", "used"),
+    "DCGAN, smooth labels": Row("cdcgan_iclevr", f"{BCE} --smooth-labels", "DCGAN, BCE", "used"),
+    "DCGAN, flipped labels": Row("cdcgan_iclevr", f"{BCE} --flip-labels 0.1", "DCGAN, BCE", "not given"),
+    "DCGAN, as written up": Row("cdcgan_iclevr", f"{BCE} --smooth-labels --d-cond plane --aux-weight 0 "
+                                f"--lr-g 2e-4 --lr-d 1e-4 {ADAM}", DCGAN, "all of it, this narrow"),
 }
-NARROW = "--image-size 32 --ch 16 --n-scenes 2000 --ema 0.99"
-SIZES = {  # narrow: as long as the two hours allow
-    "narrow": {"sngan_iclevr": f"{NARROW} --batch-size 16 --iters 2200 --lr-g 1.2e-3 --lr-d 6e-4 --n-dis 1 "
-                               "--label-embed sum",
-               "cdcgan_iclevr": f"{NARROW} --batch-size 32 --iters 7500 --lr-g 1e-3 --lr-d 5e-4 "
-                                "--halve-every 0"},
-    "full": {"sngan_iclevr": "--label-embed sum", "cdcgan_iclevr": "--ema 0.999"},  # as sngan_iclevr's
-}
-JUDGE = {"narrow": "--judge-width 24 --judge-steps 4000", "full": "--judge-width 64 --judge-steps 5000"}
-KEEP = {"narrow": "--save-every 50", "full": "--save-every 1000"}
+ALWAYS = ("--quick --judge-width 64 --judge-steps 5000 --eval-every 0 --sample-every 0 --log-every 50 "
+          "--save-every 200")
 
 
 def name(row: str, seed: int) -> str:
     """The folder of a run; "no EMA" is G itself of the first row's runs."""
-    return f"{(row if row != NO_EMA else SNGAN).replace(', ', '-').replace(' ', '_')}-{seed}"
+    return f"{row if row != NO_EMA else SNGAN}-{seed}".replace(", ", "-").replace(" ", "_")
 
 
-def flags_of(args, size: str, row: str, seed: int) -> list[str]:
+def job_of(args, row: str, seed: int, iters: int) -> Job:
     what = ROWS[row]
-    text = f"{SIZES[size][what.script]} {what.flags[size]} {JUDGE[size]} {KEEP[size]} --eval-every 0 " \
-           f"--sample-every 0 --log-every 50 --seed {seed}"
-    return [*text.split(), "--data", args.data, "--device", args.device]
+    text = f"{ALWAYS} {what.flags} --seed {seed} --iters {iters}".format(decay=max(1, round(0.13 * iters)))
+    flags = [*text.split(), "--data", args.data, "--device", args.device, *args.more]
+    return Job(what.script, args.out / name(row, seed), flags)
 
 
-def jobs_of(args, size: str) -> list[Job]:
-    """Every run, seed by seed."""
-    return [Job(what.script, args.out / name(row, seed), flags_of(args, size, row, seed))
-            for seed in range(args.seeds) for row, what in ROWS.items() if what.flags[size] is not None]
+def paces(args) -> dict[str, float]:
+    """Seconds an iteration of each row takes with nothing beside it, by runs of 100."""
+    jobs = {row: job_of(args, row, 0, 100) for row, what in ROWS.items() if what.flags is not None}
+    for row, job in jobs.items():
+        job.folder = args.out / f"pace-{name(row, 0)}"
+        job.flags += ["--judge", "none", "--log-every", "20"]
+        job.check()
+    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))  # as train_all's
+    for job in jobs.values():
+        if not (job.folder / "last.pt").exists():
+            subprocess.run(job.command(), check=True, env={"OMP_NUM_THREADS": threads} | os.environ,
+                           stdout=subprocess.DEVNULL)
+    return {row: seconds_per_iteration(job.folder / "metrics.csv") for row, job in jobs.items()}
 
 
 def load(folder: Path, key: str) -> tuple:
@@ -123,8 +133,10 @@ def scores(args, row: str, seed: int) -> dict[str, float] | None:
     return {test: kept[f"accuracy {test}"][0] for test in ("test", "new_test")}
 
 
-def minutes_trained(folder: Path) -> float:
-    return float((folder / "metrics.csv").read_text().splitlines()[-1].split(",")[1]) / 60
+def trained(folder: Path) -> tuple[int, float]:
+    """Iterations, minutes."""
+    step, seconds, *_ = (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
+    return int(step), float(seconds) / 60
 
 
 def table(args) -> dict[str, dict]:
@@ -138,7 +150,8 @@ def table(args) -> dict[str, dict]:
             continue
         found[row] = {"seeds": by_seed, "diverged": diverged, "written": what.written}
         if by_seed:
-            found[row]["minutes"] = mean(minutes_trained(args.out / name(row, seed)) for seed in by_seed)
+            runs = [trained(args.out / name(row, seed)) for seed in by_seed]
+            found[row]["iterations"], found[row]["minutes"] = map(mean, zip(*runs, strict=True))
             for test in ("test", "new_test"):
                 values = [s[test] for s in by_seed.values()]
                 found[row][test] = [mean(values), stdev(values) if len(values) > 1 else None]
@@ -187,12 +200,14 @@ def verdict(result: dict) -> str:
 
 
 def markdown(found: dict[str, dict]) -> str:
-    lines = ["| | test | new_test | seeds, minutes each | beside | here | write-up |",
+    lines = ["| | test | new_test | seeds, iterations, minutes | beside | here | write-up |",
              "| --- " * 7 + "|"]
     for row, r in found.items():
         cells = ["–" if test not in r else f"{r[test][0]:.3f}" if r[test][1] is None else
                  f"{r[test][0]:.3f} ± {r[test][1]:.3f}" for test in ("test", "new_test")]
-        runs = f"{len(r['seeds'])}" + (f", {r['minutes']:.1f}" if "minutes" in r else "")
+        runs = f"{len(r['seeds'])}"
+        if "minutes" in r:
+            runs += f", {r['iterations']:,.0f}, {r['minutes']:.1f}"
         lines.append(f"| {' | '.join([row, *cells, runs, r.get('beside', ''), verdict(r), r['written']])} |")
     return "\n".join(lines)
 
@@ -220,34 +235,36 @@ def save_strips(args, found: dict[str, dict], path: Path) -> None:
 
 
 def main() -> int:
+    argv = sys.argv[1:]
+    cut = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="full width and length, for a GPU")
     parser.add_argument("--table", action="store_true", help="make no runs")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of a run (default: 5)")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds a row (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--data", default="auto", help="i-CLEVR's folder, auto, or synthetic")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/ablations-SIZE)")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/ablations)")
     parser.add_argument("--keep", type=Path, help="where to: FILE.json and FILE.png (default: in --out)")
-    args = parser.parse_args()
-    size, args.data = "full" if args.full else "narrow", datasets.pick_source(args.data, "data/iclevr")
-    args.out = args.out or Path("runs") / (f"ablations-{size}" + "-synthetic" * (args.data == "synthetic"))
-    if min(args.seeds, args.jobs) < 1:
-        raise UserError("--seeds and --jobs must be at least 1")
-    jobs = jobs_of(args, size)
-    for job in jobs:
-        job.check()
-    if not args.table:  # the judge first, before several runs would train the same one
-        module = importlib.import_module(jobs[0].script)
-        cfg = parse(module.Config, module.QUICK, "", jobs[0].flags)[1]
-        evaluator.get_judge(cfg, datasets.load_iclevr(cfg), pick_device(cfg.device))
+    args = parser.parse_args(argv[:cut])
+    args.more, args.data = argv[cut + 1:], datasets.pick_source(args.data, "data/iclevr")
+    args.out = args.out or Path("runs/ablations" + "-synthetic" * (args.data == "synthetic"))
+    if min(args.seeds, args.jobs) < 1 or not args.minutes > 0:
+        raise UserError("--seeds and --jobs must be at least 1, --minutes more than 0")
+    if not args.table:
+        iters = {row: max(10, round(60 * args.minutes / pace)) for row, pace in paces(args).items()}
+        jobs = [job_of(args, row, seed, n) for seed in range(args.seeds) for row, n in iters.items()]
+        for job in jobs:
+            job.check()
+        # the judge first, before several runs would train the same one
+        evaluator.get_judge(jobs[0].cfg, datasets.load_iclevr(jobs[0].cfg), pick_device(args.device))
         train_all(jobs, args.jobs)
     found = table(args)
     finished = [json.loads(path.read_text(encoding="utf-8")) for path in args.out.glob("*/scores.json")]
     if not finished:
         print(f"{args.out}: no run is finished yet")
         return 0
-    what = {f"{s['data']}, {size}; judge: {s['judge']}; {s['draws']} draws of z a seed" for s in finished}
+    what = {f"{s['data']}; judge: {s['judge']}; {s['draws']} draws of z a seed" for s in finished}
     if len(what) > 1:
         raise UserError(f"{args.out} holds scores that can't be compared: {' and '.join(sorted(what))}")
     what = what.pop()
@@ -257,7 +274,8 @@ def main() -> int:
                 for sitting in json.loads(path.read_text(encoding="utf-8"))["sittings"]]
     circumstances = {k: ", ".join(sorted({sitting[k] for sitting in sittings}))
                      for k in ("commit", "hardware", "torch")}
-    command = f"benchmarks/ablations.py{' --full' * args.full} --data {args.data} --seeds {args.seeds}"
+    command = " ".join(["benchmarks/ablations.py --data", args.data, f"--minutes {args.minutes:g}",
+                        f"--seeds {args.seeds}", *(["--", *args.more] if args.more else [])])
     content = {"command": command, "what": what, **circumstances, "rows": found}
     write_json(keep.with_suffix(".json"), content)
     save_strips(args, found, keep.with_suffix(".png"))
