@@ -146,7 +146,7 @@ def q_losses(estimate: tuple, category: torch.Tensor,
 
 def noisy(images: torch.Tensor, std: float) -> torch.Tensor:
     """Instance noise on all that D sees (Sønderby et al. 2017): D can't win by details that G lacks."""
-    return images + std * torch.randn_like(images)
+    return images + std * torch.randn_like(images) if std else images
 
 
 def augmented(images: torch.Tensor, strength: float) -> torch.Tensor:
