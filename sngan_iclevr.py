@@ -54,6 +54,7 @@ class Config(Settings):
     beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
     beta2: float = 0.999  # and of its square's
     add_noise: bool = True  # add U(0, 1/128) to the images D is given
+    augment: float = 0.0  # mirror these, and shift them by up to this share of their width, at random; 0: no
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
     lr_decay_from: int = 0  # iteration from which both rates fall linearly to 0 at the last; 0: never
 
@@ -216,12 +217,12 @@ def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
             with torch.no_grad():
                 fake = G(torch.randn(len(real), cfg.z_dim, device=real.device), labels)
             # D has no batch norm, so real and fake images share one pass
-            scores, logits = D(noisy(torch.cat([real, fake]), cfg.add_noise), labels.repeat(2, 1))
+            images, both = perturbed(torch.cat([real, fake]), cfg.add_noise, cfg.augment), labels.repeat(2, 1)
+            scores, logits = D(images, both)
         score_real, score_fake = scores.float().chunk(2)
         aux_real = losses.auxiliary(logits[:len(real)], labels)  # it learns from real images alone
-        if cfg.gamma:  # an eighth of each kind is enough
-            some, y = torch.cat([real[::8], fake[::8].float()]), labels[::8].repeat(2, 1)
-            penalty = losses.zero_centred_penalty(lambda x: D(x, y)[0], some)
+        if cfg.gamma:  # an eighth is enough
+            penalty = losses.zero_centred_penalty(lambda x: D(x, both[::8])[0], images[::8].float())
     loss = adversarial(cfg.loss, score_real, score_fake, cfg.flip_labels)
     loss = loss + cfg.aux_weight * aux_real + cfg.gamma * penalty
     opt.zero_grad()
@@ -236,8 +237,9 @@ def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
     """Update G; real images [B, 3, S, S] are needed by the losses that compare scores only."""
     with frozen(D), normed_once(D), autocast():
         fake = G(torch.randn(len(real), cfg.z_dim, device=real.device), labels)
-        score, logits = D(noisy(fake, cfg.add_noise), labels)
-        score_real = D(noisy(real, cfg.add_noise), labels)[0].float() if cfg.loss != "hinge" else None
+        score, logits = D(perturbed(fake, cfg.add_noise, cfg.augment), labels)
+        if cfg.loss != "hinge":
+            score_real = D(perturbed(real, cfg.add_noise, cfg.augment), labels)[0].float()
     score, aux_fake = score.float(), losses.auxiliary(logits, labels)
     loss = losses.hinge_g(score) if cfg.loss == "hinge" else adversarial(cfg.loss, score, score_real)
     loss = loss + cfg.aux_weight * aux_fake
@@ -260,7 +262,17 @@ def adversarial(loss: str, first: torch.Tensor, second: torch.Tensor, flip: floa
     return losses.paired(first, second) if loss == "paired" else losses.hinge_d(first, second)
 
 
-def noisy(x: torch.Tensor, add_noise: bool) -> torch.Tensor:
+def perturbed(x: torch.Tensor, add_noise: bool, augment: float = 0.0) -> torch.Tensor:
+    """The images [B, 3, S, S] as D is given them. Mirrored and shifted, each at random, they are harder to
+    memorise (Zhao et al. 2020); colours stay, as labels name them.
+    """
+    if augment:
+        most = round(augment * x.shape[-1])  # in pixels; whole ones blur nothing
+        affine = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)
+        affine[:, 0, 0] -= 2 * torch.randint(2, (len(x),), device=x.device)
+        affine[:, :, 2] = torch.randint(-most, most + 1, (len(x), 2), device=x.device) * 2 / x.shape[-1]
+        grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+        x = F.grid_sample(x.float(), grid, padding_mode="reflection", align_corners=False)
     return x + torch.rand_like(x) / 128 if add_noise else x
 
 

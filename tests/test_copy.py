@@ -43,7 +43,8 @@ DCGAN = dict(networks='G, D = Generator("conv", 8, 4), Discriminator("conv", 4)'
     d = d_step(D, opt_d, torch.rand(6, 1, 32, 32), fake)
     g = g_step(D, opt_g, torch.rand(6, 1, 32, 32), fake)""")
 SNGAN = dict(networks="""from types import SimpleNamespace
-cfg = SimpleNamespace(z_dim=8, flip_labels=0.1, add_noise=True, loss="paired", aux_weight=1.0, gamma=1.0)
+cfg = SimpleNamespace(z_dim=8, flip_labels=0.1, add_noise=True, augment=0.1, loss="paired", aux_weight=1.0,
+                      gamma=1.0)
 G, D = Generator(24, 8, 2, 32), Discriminator(24, 2, 32, "cnn", "spectral", "linear")""",
              steps="""real, labels = torch.rand(6, 3, 32, 32), torch.randint(25, (6, 3))
     d = d_step(cfg, G, D, opt_d, real, labels)
@@ -67,7 +68,7 @@ def copied(module, names: list[str]) -> str:
 @pytest.mark.parametrize("module, names, code", [
     (dcgan_mnist, "Generator Discriminator d_step g_step", DCGAN),
     (sngan_iclevr, "init_xavier residual_conv SetEmbedding ConditionalBatchNorm UpBlock DownBlock "
-     "widths Generator Discriminator d_step g_step adversarial noisy", SNGAN)], ids=["dcgan", "sngan"])
+     "widths Generator Discriminator d_step g_step adversarial perturbed", SNGAN)], ids=["dcgan", "sngan"])
 def test_copied_networks_and_steps_train(tmp_path, module, names, code):
     text = copied(module, names.split()) + LOOP.format(**code)
     (tmp_path / "copied.py").write_text(text, encoding="utf-8")

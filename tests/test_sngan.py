@@ -61,13 +61,13 @@ def test_losses_are_hinges_and_relativistic_ones_swap_roles_for_g():
 
 
 def test_pairs_penalty_and_classifier_are_their_formulas():
-    d, g, (images, labels), [(_, both, logits), (x, _, _), (_, of_g, logits_g), (_, of_real, _)] = steps(
+    d, g, (_, labels), [(given, both, logits), (x, _, _), (_, of_g, logits_g), (_, of_real, _)] = steps(
         loss="paired", gamma=0.5, aux_weight=3.0, d_net="cnn", d_norm="none")
     real, fake = both.chunk(2)
     target = torch.zeros(16, 25).scatter_(1, labels, 1)[:, :24]
     of_real_images = F.binary_cross_entropy_with_logits(logits[:16], target)
     torch.testing.assert_close(d["aux_real"], of_real_images)
-    assert len(x) == 4 and torch.equal(x[:2], images[::8])  # an eighth of the real and generated images each
+    assert len(x) == 4 and torch.equal(x, given[::8])  # an eighth of the real and of the generated images
     pairs = F.softplus(fake - real).mean()
     torch.testing.assert_close(d["d_loss"], pairs + 0.5 * d["penalty"] + 3 * of_real_images)
     of_fake_images = F.binary_cross_entropy_with_logits(logits_g, target)
@@ -100,3 +100,17 @@ def test_noise_is_added_to_all_that_d_is_given(add_noise):
     for noise in (of_d[:16] - real, again - real):
         assert -1e-6 < noise.min() and noise.max() < 1 / 128 + 1e-6
         assert noise.mean().item() == pytest.approx(add_noise / 256, rel=0.02, abs=1e-6)
+
+
+def test_d_may_be_given_mirrored_images_shifted_by_whole_pixels():
+    x = torch.rand(99, 3, 16, 16) * 2 - 1
+    given, found = sngan_iclevr.perturbed(x, add_noise=False, augment=0.125), []
+    for image, source in zip(given, x, strict=True):
+        found += [(mirrored, i, j) for mirrored, whole in enumerate((source, source.flip(2)))
+                  for i in range(5) for j in range(5)
+                  if torch.allclose(image[:, 2:-2, 2:-2], whole[:, i:i + 12, j:j + 12], atol=1e-4)]
+    assert len(found) == 99 and {i for _, i, _ in found} == {j for *_, j in found} == set(range(5))
+    assert 30 < sum(mirrored for mirrored, *_ in found) < 70
+    assert x.min() <= given.min() and given.max() <= x.max()  # what comes in from outside is reflected
+    _, _, (real, _), calls = steps(add_noise=False, augment=0.25)
+    assert not any((images[:16] == real).all() for images, *_ in calls)
