@@ -272,7 +272,7 @@ def perturbed(x: torch.Tensor, add_noise: bool, augment: float = 0.0) -> torch.T
         affine[:, 0, 0] -= 2 * torch.randint(2, (len(x),), device=x.device)
         affine[:, :, 2] = torch.randint(-most, most + 1, (len(x), 2), device=x.device) * 2 / x.shape[-1]
         grid = F.affine_grid(affine, list(x.shape), align_corners=False)
-        x = F.grid_sample(x.float(), grid, padding_mode="reflection", align_corners=False)
+        x = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
     return x + torch.rand_like(x) / 128 if add_noise else x
 
 

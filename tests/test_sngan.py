@@ -111,6 +111,6 @@ def test_d_may_be_given_mirrored_images_shifted_by_whole_pixels():
                   if torch.allclose(image[:, 2:-2, 2:-2], whole[:, i:i + 12, j:j + 12], atol=1e-4)]
     assert len(found) == 99 and {i for _, i, _ in found} == {j for *_, j in found} == set(range(5))
     assert 30 < sum(mirrored for mirrored, *_ in found) < 70
-    assert x.min() <= given.min() and given.max() <= x.max()  # what comes in from outside is reflected
+    assert x.min() <= given.min() and given.max() <= x.max()  # the edge is repeated outwards
     _, _, (real, _), calls = steps(add_noise=False, augment=0.25)
     assert not any((images[:16] == real).all() for images, *_ in calls)
