@@ -49,6 +49,7 @@ ROWS = {
     "linear joining": Row("sngan_iclevr", "--label-embed linear", SNGAN, "no significant difference"),
     "no noise for D": Row("sngan_iclevr", "--no-add-noise", SNGAN, "noise is best"),
     "flipped labels": Row("sngan_iclevr", "--flip-labels 0.1", SNGAN, "G collapsed to one object"),
+    "mirrored, shifted images": Row("sngan_iclevr", "--augment 0.0625", SNGAN, "not tried"),
     "decay": Row("sngan_iclevr", "--lr-decay-from {decay}", SNGAN, "tried, not kept"),
     "4 D steps": Row("sngan_iclevr", "--n-dis 4", SNGAN, "4 used"),
     NO_EMA: Row("sngan_iclevr", None, SNGAN, "no EMA used"),
