@@ -25,6 +25,7 @@ from common import losses
 from common.blocks import Average, frozen, init_dcgan, multi_hot
 from common.cli import Settings
 from common.datasets import Batches, load_iclevr
+from common.errors import UserError
 from common.pictures import names_of, save_scenes
 from common.run import Run, launch
 
@@ -53,6 +54,11 @@ class Config(Settings):
     aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses
     beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
     beta2: float = 0.999  # and of its square's
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss == "paired" and (self.smooth_labels or self.flip_labels):
+            raise UserError("--smooth-labels and --flip-labels are for --loss bce: pairs have no targets")
 
 
 QUICK = dict(iters=5000, batch_size=32, lr_g=1e-3, lr_d=1e-3, halve_every=0, ch=32, ema=0.998, n_scenes=4000,

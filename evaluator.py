@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from common.blocks import multi_hot
+from common.blocks import moved, multi_hot
 from common.datasets import Data, to_float
 from common.errors import NotFinite, UserError, reading
 from common.fid import Inception, Moments, features, frechet_distance, load_inception
@@ -225,14 +225,7 @@ def to_size(images: torch.Tensor, size: int) -> torch.Tensor:
 
 def augment(x: torch.Tensor, mirror: bool) -> torch.Tensor:
     """Shift each image by up to a sixteenth of its size, mirror it at random if wanted, add some noise."""
-    n, _, h, w = x.shape
-    if mirror:
-        x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
-    reach = h // 16
-    x = F.pad(x, (reach,) * 4, mode="replicate")
-    dy, dx = torch.randint(2 * reach + 1, (2, n, 1, 1), device=x.device)
-    rows, cols = dy + torch.arange(h, device=x.device)[:, None], dx + torch.arange(w, device=x.device)
-    x = x[torch.arange(n, device=x.device)[:, None, None], :, rows, cols].permute(0, 3, 1, 2)
+    x = moved(x, x.shape[-1] // 16, mirror)
     return x + 0.02 * torch.randn_like(x)
 
 

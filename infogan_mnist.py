@@ -28,7 +28,7 @@ from common.datasets import Batches, Data, load_digits
 from common.errors import UserError, reading
 from common.pictures import save_grid, save_images
 from common.run import Run, launch
-from synthetic.measures import category_digits, code_effects
+from synthetic.measures import category_digits, code_effects, match
 
 
 @dataclass
@@ -243,7 +243,8 @@ def categories_of(cfg: Config, folder: Path) -> torch.Tensor:
     if cfg.digit == "any":
         return torch.arange(cfg.n_categories)
     with reading(folder / "scores.json", "the scores of this run, which --eval writes"):
-        digits = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["last"]["digit"][0]
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        digits, _ = match(torch.tensor(scores["last"]["shares"][0]))
         if int(cfg.digit) not in digits:
             raise ValueError(f"no category is matched with {cfg.digit}")
     return torch.tensor([k for k, digit in enumerate(digits) if digit == int(cfg.digit)])
@@ -326,8 +327,9 @@ def main(run: Run) -> None:
     if judge:
         evaluator.report(run, data, judge, scores, ["code → digit", "a code ~ slant", "a code ~ width",
                                                     "FD (judge)", "FID"])
+        shares = torch.tensor(row["shares"][0])
         print("\ndigit of each category, and its share there: " + ", ".join(
-            f"{digit:.0f} {pure:.0%}" for digit, pure in zip(row["digit"][0], row["purity"][0], strict=True)))
+            f"{digit} {shares[k, digit]:.0%}" for k, digit in enumerate(match(shares)[0]) if digit >= 0))
 
 
 if __name__ == "__main__":

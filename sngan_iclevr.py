@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import evaluator
 from common import losses
-from common.blocks import Average, frozen, normed_once
+from common.blocks import Average, frozen, moved, normed_once
 from common.cli import Settings
 from common.datasets import Batches, load_iclevr
 from common.pictures import names_of, save_scenes
@@ -256,8 +256,8 @@ def adversarial(loss: str, first: torch.Tensor, second: torch.Tensor, flip: floa
     """
     if loss == "relativistic":
         first, second = first - second.mean(), second - first.mean()
-    if flip:  # a negated score has the hinge of the other target
-        swapped = torch.rand(2, len(first), device=first.device) < flip
+    if flip:  # a negated score has the hinge of the other target; pairs are swapped as such
+        swapped = torch.rand(1 if loss == "paired" else 2, len(first), device=first.device) < flip
         first, second = torch.where(swapped, -1, 1) * torch.stack([first, second])
     return losses.paired(first, second) if loss == "paired" else losses.hinge_d(first, second)
 
@@ -267,12 +267,7 @@ def perturbed(x: torch.Tensor, add_noise: bool, augment: float = 0.0) -> torch.T
     memorise (Zhao et al. 2020); colours stay, as labels name them.
     """
     if augment:
-        most = round(augment * x.shape[-1])  # in pixels; whole ones blur nothing
-        affine = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)
-        affine[:, 0, 0] -= 2 * torch.randint(2, (len(x),), device=x.device)
-        affine[:, :, 2] = torch.randint(-most, most + 1, (len(x), 2), device=x.device) * 2 / x.shape[-1]
-        grid = F.affine_grid(affine, list(x.shape), align_corners=False)
-        x = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+        x = moved(x, round(augment * x.shape[-1]))
     return x + torch.rand_like(x) / 128 if add_noise else x
 
 

@@ -91,10 +91,6 @@ class VAE(nn.Module):
         """images [B, 3, S, S] → mean and log-variance of q(z | x), [B, z_dim] each."""
         return self.encoder(x).float().chunk(2, 1)
 
-    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, S, S] → the same, decoded from the mean of q(z | x)."""
-        return self.decoder(self.encode(x)[0])
-
 
 def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """KL(N(mean, variance) ‖ N(0, I)) in nats [B] (Kingma & Welling 2014, appendix B)."""

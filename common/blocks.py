@@ -1,4 +1,4 @@
-"""What scripts share of networks: spectral norm once per update, an initialisation, the average of G."""
+"""What scripts share: spectral norm once per update, an initialisation, the average of G, moved images."""
 import contextlib
 import copy
 
@@ -61,6 +61,17 @@ def init_dcgan(net: nn.Module) -> nn.Module:
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     return net
+
+
+def moved(x: torch.Tensor, most: int, mirror: bool = True) -> torch.Tensor:
+    """Images [B, C, H, W], each mirrored and shifted by up to `most` pixels at random; edges are repeated."""
+    n, _, h, w = x.shape
+    if mirror:
+        x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+    dy, dx = torch.randint(-most, most + 1, (2, n, 1, 1), device=x.device)
+    rows = (dy + torch.arange(h, device=x.device)[:, None]).clamp(0, h - 1)
+    columns = (dx + torch.arange(w, device=x.device)).clamp(0, w - 1)
+    return x[torch.arange(n, device=x.device)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
 
 
 def multi_hot(labels: torch.Tensor, n_classes: int) -> torch.Tensor:

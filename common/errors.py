@@ -50,6 +50,9 @@ def _call(main: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, NotFinite) else 2
     except (MemoryError, RuntimeError) as error:
+        if "does not have a deterministic implementation" in str(error):
+            print(f"error: {str(error).split('.')[0]}: leave out --deterministic", file=sys.stderr)
+            return 2
         if "PYTORCH_ENABLE_MPS_FALLBACK" in str(error):
             print("error: PyTorch lacks an operation for Apple's GPUs: set PYTORCH_ENABLE_MPS_FALLBACK=1, "
                   "or use --device cpu", file=sys.stderr)

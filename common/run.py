@@ -263,6 +263,9 @@ class Run:
     def _open(self) -> None:
         """Fill the new folder, or cut an existing one back to the step resumed from; write config.json."""
         (self.folder / "samples").mkdir(exist_ok=True)
+        if (self.folder / "best.pt").exists() and self._read("best")["step"] > self.step:
+            (self.folder / "best.pt").unlink()
+            self.best = -math.inf
         self.table, self.rows = self.folder / "metrics.csv", []
         if self.table.exists():
             with reading(self.table, "the table of this run: repair it"), open(self.table, newline="") as f:

@@ -60,31 +60,28 @@ def code_effects(make: Callable[..., torch.Tensor], z_dim: int, n_categories: in
     return effects
 
 
-def match(codes: torch.Tensor, digits: torch.Tensor,
-          n_categories: int) -> tuple[list[int], float, torch.Tensor]:
-    """Match categories [N] one-to-one to digits [N] so that they agree most often.
+def match(shares: torch.Tensor) -> tuple[list[int], float]:
+    """Match InfoGAN's categories one-to-one to digits so that they agree most often.
 
-    Returns the digit of each category (-1: none is left), the share of N that agrees ("code → digit"), and
-    each category's purity [n_categories], the share of its most frequent digit.
+    shares [K, 10] of each category's images that show each digit → the digit of each category (-1: none is
+    left), and the share of all images that agrees, "code → digit".
     """
-    counts = torch.zeros(n_categories, 10).index_put_((codes, digits), torch.ones(1), accumulate=True)
-    rows, columns = linear_sum_assignment(counts.numpy(), maximize=True)
-    assigned = dict(zip(rows.tolist(), columns.tolist(), strict=True))
-    agree = counts[rows, columns].sum() / len(codes)
-    purity = counts.max(1).values / counts.sum(1).clamp(min=1)
-    return [assigned.get(k, -1) for k in range(n_categories)], agree.item(), purity
+    rows, columns = linear_sum_assignment(shares.numpy(), maximize=True)
+    digit = dict(zip(rows.tolist(), columns.tolist(), strict=True))
+    return [digit.get(k, -1) for k in range(len(shares))], (shares[rows, columns].sum() / len(shares)).item()
 
 
 def category_digits(make: Callable[..., torch.Tensor], judge, n: int, z_dim: int, n_categories: int,
                     n_continuous: int, g: torch.Generator) -> dict:
     """What digits InfoGAN's categories are, by `n` images of make(z, category, continuous) in all.
 
-    judge: an evaluator.Judge. Returns "code → digit", the agreement of match(), and of each category "digit"
-    and "purity".
+    judge: an evaluator.Judge. Returns "shares" [K, 10] and "code → digit", as match() has them.
     """
     category, read = torch.arange(n) % n_categories, []
     for part in category.split(judge.kind.at_once):
         z, continuous = (torch.rand(len(part), d, generator=g) * 2 - 1 for d in (z_dim, n_continuous))
         read.append(judge(make(z, part, continuous)).argmax(1).cpu())
-    digit, agreement, purity = match(category, torch.cat(read), n_categories)
-    return {"code → digit": agreement, "digit": torch.tensor(digit).double(), "purity": purity}
+    counts = torch.zeros(n_categories, 10)
+    counts.index_put_((category, torch.cat(read)), torch.ones(1), accumulate=True)
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return {"code → digit": match(shares)[1], "shares": shares}

@@ -66,6 +66,8 @@ FLAGS = [  # command, part of the message
     ("sngan_iclevr --aux-weight -1", "--aux-weight -1.0"),
     ("cdcgan_iclevr --d-cond linear", "invalid choice"),
     ("cdcgan_iclevr --halve-every -1", "--halve-every -1"),
+    ("cdcgan_iclevr --quick --smooth-labels", "are for --loss bce"),
+    ("cdcgan_iclevr --loss paired --flip-labels 0.1", "are for --loss bce"),
     # what is known only with the data, but before training
     (f"dcgan_mnist {SMALL['dcgan_mnist']} --batch-size 61", "--batch-size 61 is more than the 60 training"),
     (f"dcgan_mnist {SMALL['dcgan_mnist']} --judge nowhere.pt", "nowhere.pt can't be read"),

@@ -135,13 +135,11 @@ def test_the_grid_s_layout():
 
 
 def test_match_finds_the_best_one_to_one_assignment():
-    codes = torch.tensor([0] * 10 + [1] * 10 + [2] * 10)
-    digits = torch.tensor([7] * 9 + [1] + [7] * 8 + [4] * 2 + [5] * 10)  # 0 and 1 both look like 7
-    digit, agree, purity = match(codes, digits, 3)
-    assert digit == [7, 4, 5] and agree == pytest.approx((9 + 2 + 10) / 30)
-    assert purity.tolist() == pytest.approx([0.9, 0.8, 1.0])
-    codes, digits = torch.arange(12), torch.arange(12) % 10  # more codes than digits
-    digit, agree, _ = match(codes, digits, 12)
+    shares = torch.zeros(3, 10)
+    shares[0, 7], shares[0, 1], shares[1, 7], shares[1, 4], shares[2, 5] = 0.9, 0.1, 0.8, 0.2, 1.0
+    digit, agree = match(shares)  # 0 and 1 both look like 7
+    assert digit == [7, 4, 5] and agree == pytest.approx((0.9 + 0.2 + 1) / 3)
+    digit, agree = match(torch.eye(10)[torch.arange(12) % 10])  # more categories than digits
     assert sorted(digit)[:2] == [-1, -1] and agree == pytest.approx(10 / 12)
 
 
@@ -155,9 +153,9 @@ def test_category_digits_of_known_digits():
 
     judge = judge_of("digits", Reader(lambda x: one_hot(x[:, 0, 0, 0].round().long(), 10).float()))
     found = category_digits(make, judge, 2000, 62, 10, 2, torch.Generator().manual_seed(0))
-    assert found["digit"].tolist() == [(k + 3) % 10 for k in range(10)]
+    assert match(found["shares"])[0] == [(k + 3) % 10 for k in range(10)]
     assert found["code → digit"] == pytest.approx(0.9, abs=0.02)
-    assert found["purity"].tolist() == pytest.approx([0.9] * 10, abs=0.06)
+    assert found["shares"].max(1).values.tolist() == pytest.approx([0.9] * 10, abs=0.06)
 
 
 def test_pictures_and_scores_of_a_run(here):
@@ -170,7 +168,7 @@ def test_pictures_and_scores_of_a_run(here):
     last, summary = scores["last"], scores["summary"]
     assert list(summary) == ["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)"]
     assert summary["a code ~ width"][0] >= max(abs(last[f"code {c} ~ width"][0]) for c in (1, 2))
-    assert 0.1 <= last["code → digit"][0] <= 1 and len(last["digit"][0]) == len(last["purity"][0]) == 10
+    assert 0.1 <= last["code → digit"][0] <= 1 and [len(row) for row in last["shares"][0]] == [10] * 10
 
 
 def test_images_are_augmented_each_in_its_own_way():

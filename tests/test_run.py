@@ -121,6 +121,8 @@ def test_an_edited_config_is_checked_as_flags_are(tmp_path, field, value):
      "or use --device cpu\n"),
     (RuntimeError("CUDA out of memory. Tried\n x"), 2,
      "error: not enough memory (CUDA out of memory. Tried): use a smaller batch, width or image\n"),
+    (RuntimeError("x_cuda does not have a deterministic implementation, but …. You can"), 2,
+     "error: x_cuda does not have a deterministic implementation, but …: leave out --deterministic\n"),
 ])
 def test_exit_status(capsys, raised, status, text):
     def main():
@@ -239,8 +241,9 @@ def test_rows_and_pictures_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     torch.save(state | {"step": 5, "best": 0.5}, folder / "last.pt")
     r = new_run(tmp_path, "resume", iters=6)
     assert r.step == 5 and r.best == 0.5
-    train(r)
-    assert [row["step"] for row in rows_of(folder)] == [4, 5, 6]
+    train(r, scores={6: 0.1})
+    assert torch.load(folder / "best.pt", weights_only=True)["step"] == 6  # not 12, which is no more
+    assert [(row["step"], row.get("accuracy")) for row in rows_of(folder)] == [(4, 0.5), (5, None), (6, 0.1)]
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step_0000005.png", "step_0000006.png"]
     assert not list(folder.rglob(".*")) and not (folder / "scores.json").exists()
     assert [s["from_step"] for s in json.loads((folder / "config.json").read_text())["sittings"]] == [0, 5]

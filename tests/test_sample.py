@@ -14,6 +14,7 @@ from common.blocks import Average
 from common.datasets import label_sets
 from common.errors import UserError
 from synthetic import faces, scenes
+from synthetic.measures import match
 from tests.conftest import TINY, run_here, script
 
 LOADERS = {name: f"{name}.load_{kind}" for kind, names in (
@@ -108,7 +109,7 @@ def test_wanted_attributes_are_kept_without_groups():
 
 def test_a_digit_is_that_of_the_matched_category(trained, tmp_path, monkeypatch):
     folder = trained("infogan_mnist")
-    digits = json.loads((folder / "scores.json").read_text())["last"]["digit"][0]
+    digits, _ = match(torch.tensor(json.loads((folder / "scores.json").read_text())["last"]["shares"][0]))
     asked, join = [], infogan_mnist.join
     monkeypatch.setattr(infogan_mnist, "join", lambda z, k, *rest: (asked.append(k), join(z, k, *rest))[1])
     run_here("infogan_mnist", "sample", folder, to="images", n=7, digit="4")

@@ -94,6 +94,17 @@ def test_flipped_labels_swap_the_target_of_single_images(monkeypatch):
     torch.testing.assert_close(d["d_loss"], hinge(real, fake))
 
 
+def test_flipped_pairs_are_swapped_as_pairs():
+    scores = torch.randn(2, 99)
+    for offset in (0.0, 20.0):  # which no pair's loss may depend on
+        torch.manual_seed(0)
+        flipped = sngan_iclevr.adversarial("paired", *(scores + offset), flip=0.3)
+        torch.manual_seed(0)
+        swapped = torch.rand(1, 99) < 0.3
+        real, fake = torch.where(swapped, scores.flip(0), scores)
+        torch.testing.assert_close(flipped, F.softplus(fake - real).mean(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("add_noise", [True, False])
 def test_noise_is_added_to_all_that_d_is_given(add_noise):
     _, _, (real, _), [(of_d, *_), (of_g, *_), (again, *_)] = steps(add_noise=add_noise, loss="relativistic")
