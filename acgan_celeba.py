@@ -24,7 +24,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import evaluator
 from common import losses
-from common.blocks import Average, frozen, init_dcgan, normed_once
+from common.blocks import Average, frozen, init_dcgan, moved, normed_once
 from common.cli import Settings
 from common.datasets import Batches, Data, load_faces, pick_columns
 from common.errors import UserError
@@ -61,6 +61,7 @@ class Config(Settings):
     gp_weight: float = 10.0  # λ of WGAN-GP's penalty
     aux_weight: float = 20.0  # λ of the attributes' cross-entropy, in both losses
     clip: float = 0.01  # WGAN-clip: largest absolute weight of D
+    augment: float = 0.0  # mirror D's images at random, shift them by up to this share of their size; 0: no
     gamma: float = 1.0  # paired: weight of the mean of R1 and R2, D's gradients at real, generated images
 
     def __post_init__(self):
@@ -162,6 +163,7 @@ def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
         with autocast():
             with torch.no_grad():
                 fake = G(torch.randn(len(real), cfg.z_dim, device=real.device), y)
+                real, fake = moved(real, cfg.augment), moved(fake, cfg.augment)
             # two passes, because real and fake images each need their own batch-norm statistics
             (score_real, logits), (score_fake, _) = D(real, y), D(fake, y)
         penalty = torch.zeros((), device=real.device)
@@ -191,8 +193,9 @@ def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
            y: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update G with images of the attributes [B, A], those of `real`, which the paired loss needs."""
     with frozen(D), normed_once(D), autocast():
-        score, logits = D(G(torch.randn(len(y), cfg.z_dim, device=y.device), y), y)
-        score_real = D(real, y)[0].float() if cfg.loss == "paired" else None
+        fake = G(torch.randn(len(y), cfg.z_dim, device=y.device), y)
+        score, logits = D(moved(fake, cfg.augment), y)
+        score_real = D(moved(real, cfg.augment), y)[0].float() if cfg.loss == "paired" else None
     score, aux = score.float(), F.binary_cross_entropy_with_logits(logits.float(), y)
     loss = losses.paired(score, score_real) if cfg.loss == "paired" else losses.hinge_g(score)
     loss = loss + cfg.aux_weight * aux

@@ -22,7 +22,7 @@ from torch import nn
 
 import evaluator
 from common import losses
-from common.blocks import Average, frozen, init_dcgan, multi_hot
+from common.blocks import Average, frozen, init_dcgan, moved, multi_hot
 from common.cli import Settings
 from common.datasets import Batches, load_iclevr
 from common.errors import UserError
@@ -48,6 +48,7 @@ class Config(Settings):
     d_cond: Literal["plane", "projection"] = "plane"  # labels enter D as a fourth plane, or by projection
     smooth_labels: bool = False  # D's targets: U(0.8, 1.2) for real images, U(0, 0.2) for generated ones
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
+    augment: float = 0.0  # mirror D's images at random, shift them by up to this share of their size; 0: no
     d_norm: Literal["batch", "none"] = "batch"  # D's norm
     loss: Literal["bce", "paired"] = "bce"  # minimax, or of pairs of a real and a generated image
     gamma: float = 0.0  # weight of the mean of R1 and R2, D's gradients at real and generated images
@@ -147,9 +148,10 @@ def targets(cfg: Config, n: int, device: torch.device) -> torch.Tensor:
 def d_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
            labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update D with real and generated images [B, 3, S, S] of the same labels [B, 3]."""
+    real, fake = moved(real, cfg.augment), moved(fake.detach(), cfg.augment)
     with autocast():
         # two passes, because real and fake images each need their own batch-norm statistics
-        (score_real, logits), (score_fake, _) = D(real, labels), D(fake.detach(), labels)
+        (score_real, logits), (score_fake, _) = D(real, labels), D(fake, labels)
     score_real, score_fake = score_real.float(), score_fake.float()
     aux_real, penalty = losses.auxiliary(logits, labels), torch.zeros((), device=real.device)
     if cfg.loss == "paired":
@@ -159,7 +161,7 @@ def d_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.
         loss = (F.binary_cross_entropy_with_logits(score_real, target_real)
                 + F.binary_cross_entropy_with_logits(score_fake, target_fake))
     if cfg.gamma:  # an eighth of each kind is enough
-        some, y = torch.cat([real[::8], fake[::8].detach().float()]), labels[::8].repeat(2, 1)
+        some, y = torch.cat([real[::8], fake[::8].float()]), labels[::8].repeat(2, 1)
         penalty = losses.zero_centred_penalty(lambda x: D(x, y)[0], some)
     loss = loss + cfg.aux_weight * aux_real + cfg.gamma * penalty
     opt.zero_grad()
@@ -173,8 +175,8 @@ def g_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.
            labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
     """Update G by its images fake = G(z, labels), still attached to it; real ones are for pairs only."""
     with frozen(D), autocast():
-        score, logits = D(fake, labels)
-        score_real = D(real, labels)[0].float() if cfg.loss == "paired" else None
+        score, logits = D(moved(fake, cfg.augment), labels)
+        score_real = D(moved(real, cfg.augment), labels)[0].float() if cfg.loss == "paired" else None
     score, aux_fake = score.float(), losses.auxiliary(logits, labels)
     loss = losses.paired(score, score_real) if cfg.loss == "paired" else losses.bce_g(score)
     loss = loss + cfg.aux_weight * aux_fake

@@ -225,7 +225,7 @@ def to_size(images: torch.Tensor, size: int) -> torch.Tensor:
 
 def augment(x: torch.Tensor, mirror: bool) -> torch.Tensor:
     """Shift each image by up to a sixteenth of its size, mirror it at random if wanted, add some noise."""
-    x = moved(x, x.shape[-1] // 16, mirror)
+    x = moved(x, 1 / 16, mirror)
     return x + 0.02 * torch.randn_like(x)
 
 

@@ -54,7 +54,7 @@ class Config(Settings):
     beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
     beta2: float = 0.999  # and of its square's
     add_noise: bool = True  # add U(0, 1/128) to the images D is given
-    augment: float = 0.0  # mirror these, and shift them by up to this share of their width, at random; 0: no
+    augment: float = 0.0  # mirror these at random, and shift them by up to this share of their size; 0: no
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
     lr_decay_from: int = 0  # iteration from which both rates fall linearly to 0 at the last; 0: never
 
@@ -263,11 +263,8 @@ def adversarial(loss: str, first: torch.Tensor, second: torch.Tensor, flip: floa
 
 
 def perturbed(x: torch.Tensor, add_noise: bool, augment: float = 0.0) -> torch.Tensor:
-    """The images [B, 3, S, S] as D is given them. Mirrored and shifted, each at random, they are harder to
-    memorise (Zhao et al. 2020); colours stay, as labels name them.
-    """
-    if augment:
-        x = moved(x, round(augment * x.shape[-1]))
+    """The images [B, 3, S, S] as D is given them. Their colours stay: the labels name them."""
+    x = moved(x, augment)
     return x + torch.rand_like(x) / 128 if add_noise else x
 
 

@@ -63,9 +63,16 @@ def init_dcgan(net: nn.Module) -> nn.Module:
     return net
 
 
-def moved(x: torch.Tensor, most: int, mirror: bool = True) -> torch.Tensor:
-    """Images [B, C, H, W], each mirrored and shifted by up to `most` pixels at random; edges are repeated."""
+def moved(x: torch.Tensor, share: float, mirror: bool = True) -> torch.Tensor:
+    """Images [B, C, H, W], each mirrored and shifted by up to that share of its size at random; 0: unchanged.
+
+    Shifts are of whole pixels, and edges are repeated outwards. If D is given all images like this, generated
+    ones too, it can hardly memorise the training images (Zhao et al. 2020).
+    """
+    if not share:
+        return x
     n, _, h, w = x.shape
+    most = round(share * h)
     if mirror:
         x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
     dy, dx = torch.randint(-most, most + 1, (2, n, 1, 1), device=x.device)

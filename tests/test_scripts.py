@@ -222,3 +222,14 @@ def test_a_short_run_on_cuda(tmp_path, name):
     fields = TINY[name] | dict(device="cuda", precision="bf16", iters=4)
     fields |= {} if "iclevr" in name else dict(fid_weights="none")
     script(name, *flags(fields), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name, calls", [("sngan_iclevr", 4), ("acgan_celeba", 6), ("cdcgan_iclevr", 4)])
+def test_augment_moves_all_that_d_is_given(here, monkeypatch, name, calls):
+    """Real and generated images in the steps of D, two but for the cDCGAN, and in that of G."""
+    module, given = importlib.import_module(name), []
+    moved = module.moved
+    monkeypatch.setattr(module, "moved", lambda x, share: given.append((x, share)) or moved(x, share))
+    run_here(name, iters=1, augment=0.1, loss="paired", d_norm="none", judge="none")
+    assert len(given) == calls and {share for _, share in given} == {0.1}
+    assert any(x.requires_grad for x, _ in given)  # G learns through it
