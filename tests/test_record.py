@@ -40,7 +40,7 @@ def test_the_results_weigh_little_on_a_clone():
     sizes = {path.name: path.stat().st_size for path in record.RESULTS.rglob("*") if path.is_file()
              and "__pycache__" not in path.parts}
     assert not [name for name, size in sizes.items() if size > 300_000 and name.endswith(".png")]
-    assert sum(sizes.values()) < 7e6
+    assert sum(sizes.values()) < 6e6
 
 
 def test_no_record_has_a_path_of_the_machine_that_made_it():
