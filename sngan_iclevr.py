@@ -54,7 +54,7 @@ class Config(Settings):
     beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
     beta2: float = 0.999  # and of its square's
     add_noise: bool = True  # add U(0, 1/128) to the images D is given
-    augment: float = 0.0  # mirror these at random, and shift them by up to this share of their size; 0: no
+    augment: float = 0.0  # mirror D's images at random, shift them by up to this share of their size; 0: no
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
     lr_decay_from: int = 0  # iteration from which both rates fall linearly to 0 at the last; 0: never
 
@@ -217,12 +217,13 @@ def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
             with torch.no_grad():
                 fake = G(torch.randn(len(real), cfg.z_dim, device=real.device), labels)
             # D has no batch norm, so real and fake images share one pass
-            images, both = perturbed(torch.cat([real, fake]), cfg.add_noise, cfg.augment), labels.repeat(2, 1)
-            scores, logits = D(images, both)
+            images = perturbed(torch.cat([real, fake]), cfg.add_noise, cfg.augment)
+            scores, logits = D(images, labels.repeat(2, 1))
         score_real, score_fake = scores.float().chunk(2)
         aux_real = losses.auxiliary(logits[:len(real)], labels)  # it learns from real images alone
-        if cfg.gamma:  # an eighth is enough
-            penalty = losses.zero_centred_penalty(lambda x: D(x, both[::8])[0], images[::8].float())
+        if cfg.gamma:  # an eighth of each kind is enough
+            some, y = torch.cat([part[::8] for part in images.chunk(2)]), labels[::8].repeat(2, 1)
+            penalty = losses.zero_centred_penalty(lambda x: D(x, y)[0], some.float())
     loss = adversarial(cfg.loss, score_real, score_fake, cfg.flip_labels)
     loss = loss + cfg.aux_weight * aux_real + cfg.gamma * penalty
     opt.zero_grad()

@@ -57,8 +57,9 @@ def figures(folder: Path) -> dict:
 def keep(image: Image.Image, path: Path) -> None:
     """Save a PNG of 256 colours, fewer if it has over 300 KB: pictures weigh on every clone."""
     for colours in (256, 128, 64):
-        if colours == 256 or path.stat().st_size > 300_000:
-            image.convert("RGB").quantize(colours).save(path, optimize=True)
+        image.convert("RGB").quantize(colours).save(path, optimize=True)
+        if path.stat().st_size <= 300_000:
+            break
 
 
 def grid_of(folder: Path) -> Image.Image:

@@ -27,14 +27,14 @@ def test_rates_decay_to_the_end_and_the_sum_needs_no_joining_layer(here):
         assert state[opt]["param_groups"][0]["lr"] == pytest.approx(rate / 2)
 
 
-def steps(**fields) -> tuple[dict, dict, tuple, list[tuple[torch.Tensor, ...]]]:
+def steps(n: int = 16, **fields) -> tuple[dict, dict, tuple, list[tuple[torch.Tensor, ...]]]:
     """What both steps return, the real images with labels, and D's (images, scores, logits) at each call."""
     torch.manual_seed(0)
     cfg = Config(**TINY["sngan_iclevr"] | fields)
     G = sngan_iclevr.Generator(24, cfg.z_dim, cfg.ch, 32)
     D = sngan_iclevr.Discriminator(24, cfg.ch, 32, cfg.d_net, cfg.d_norm, cfg.label_embed)
-    real, calls = torch.rand(16, 3, 32, 32) * 2 - 1, []
-    labels = torch.rand(16, 24).argsort(1)[:, :3]
+    real, calls = torch.rand(n, 3, 32, 32) * 2 - 1, []
+    labels = torch.rand(n, 24).argsort(1)[:, :3]
     labels[:5, 1:] = 24
     D.register_forward_hook(lambda _, args, out: calls.append((args[0], *(x.detach() for x in out))))
     opt_d, opt_g = (torch.optim.Adam(net.parameters(), 1e-3) for net in (D, G))
@@ -125,3 +125,8 @@ def test_d_may_be_given_mirrored_images_shifted_by_whole_pixels():
     assert x.min() <= given.min() and given.max() <= x.max()  # the edge is repeated outwards
     _, _, (real, _), calls = steps(add_noise=False, augment=0.25)
     assert not any((images[:16] == real).all() for images, *_ in calls)
+
+
+def test_few_images_are_penalised_by_both_kinds():
+    _, _, _, [(given, _, _), (penalised, _, _), *_] = steps(n=4, gamma=0.5)  # such as a process's share
+    assert torch.equal(penalised, given[[0, 4]])
