@@ -8,6 +8,7 @@ benchmarks/sweep.py filled is kept as one, with a table and a picture of its own
 --generator only the run's generator is kept, in generators/KEPT_AS: a folder for --sample and --eval.
 """
 import json
+import math
 import re
 import shutil
 import sys
@@ -33,11 +34,11 @@ DIGITS = ("dcgan_mnist.py", "infogan_mnist.py")  # their summary and pictures ar
 SCRIPTS = (
     ("dcgan_mnist.py", "DCGAN, Radford et al. 2016", "dcgan_quick", "FID < 60"),
     ("infogan_mnist.py", "InfoGAN, Chen et al. 2016", "infogan_quick", "pictures; the paper: 0.95"),
-    ("acgan_celeba.py", "ACGAN, Odena et al. 2017", "acgan_quick", "FID 44.3 to 216.2 on cartoon faces"),
+    ("acgan_celeba.py", "ACGAN, Odena et al. 2017", "acgan_real", "FID 44.3 to 216.2 on cartoon faces"),
     ("vae_celeba.py", "VAE, Kingma & Welling 2014", "vae_quick", "pictures"),
-    ("sngan_iclevr.py", "SNGAN, Miyato et al. 2018; projection, Miyato & Koyama 2018", "sngan_quick",
+    ("sngan_iclevr.py", "SNGAN, Miyato et al. 2018; projection, Miyato & Koyama 2018", "sngan_real",
      "accuracy 0.79 and 0.82"),
-    ("cdcgan_iclevr.py", "conditional DCGAN, Mirza & Osindero 2014", "cdcgan_quick", "accuracy 0.62"),
+    ("cdcgan_iclevr.py", "conditional DCGAN, Mirza & Osindero 2014", "cdcgan_real", "accuracy 0.62"),
 )
 
 
@@ -118,7 +119,11 @@ def strips(grids: dict[str, Image.Image], size: int = 64) -> Image.Image:
 # ---------------------------------------------------------------------- the tables
 
 def number(mean: float, std: float) -> str:
-    return f"{mean:.4g}" + (f" ± {std:.2g}" if std else "")  # one draw has no spread
+    """The mean to the first digit of its spread, four decimals at most; one draw has no spread."""
+    if not std:
+        return f"{mean:.4g}"
+    decimals = min(4, max(0, -math.floor(math.log10(std))))
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
 def short(command: str) -> str:
@@ -177,7 +182,7 @@ def script_rows(kept: dict[str, dict]) -> list[str]:
                          for c, v in scores.items())
         size = k["config"].get("image_size", 32)
         cells = [f"[{script}]({script})", paper, f"{data_of(k)}, {size}×{size}",
-                 f"{text} ({len(runs)} seed{'s' if runs[1:] else ''})",
+                 f"{text} ({f'{len(runs)} seeds' if runs[1:] else 'one seed'})",
                  f"{minutes(k)}, {hardware(k)}", write_up]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
