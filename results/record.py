@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
@@ -26,9 +26,11 @@ from benchmarks.ablations import markdown  # noqa: E402
 from benchmarks.sweep import seconds_per_iteration  # noqa: E402
 from common.cli import Parser  # noqa: E402
 from common.errors import UserError, exit_status  # noqa: E402
+from common.pictures import OBJECT_SIZE  # noqa: E402
 from common.system import load_checked, write_json  # noqa: E402
 
 END = "<!-- end -->"
+CAPTIONS = "black white gray red blue green brown purple cyan yellow".split()  # common/pictures.py's glyphs
 DIGITS = ("dcgan_mnist.py", "infogan_mnist.py")  # their summary and pictures are of last.pt
 # the README's table: script, paper, kept record, the write-up's figure
 SCRIPTS = (
@@ -56,9 +58,16 @@ def figures(folder: Path) -> dict:
 
 
 def keep(image: Image.Image, path: Path) -> None:
-    """Save a PNG of 256 colours, fewer if it has over 300 KB: pictures weigh on every clone."""
+    """Save a PNG of 256 colours, fewer if it has over 300 KB: pictures weigh on every clone.
+
+    The colours of captions stay as they are, so that a red object below an image is not a purple one.
+    """
+    image, palette = image.convert("RGB"), Image.new("P", (1, 1))
+    exact = [value for name in CAPTIONS for value in ImageColor.getrgb(name)]
     for colours in (256, 128, 64):
-        image.convert("RGB").quantize(colours).save(path, optimize=True)
+        found = image.quantize(colours - len(CAPTIONS)).getpalette()
+        palette.putpalette(exact + found[:3 * (colours - len(CAPTIONS))])
+        image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
         if path.stat().st_size <= 300_000:
             break
 
@@ -75,8 +84,10 @@ def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
         kept = {"note": note, "grids": grids, "runs": {run.name: figures(run) for run in runs},
                 "diverged or not finished": unscored}
         first = next(iter(kept["runs"].values()))
-        size = max(64, first["config"].get("image_size", 0))  # grids enlarge smaller images to 64×64
-        keep(strips({run.name: grid_of(run) for run in runs}, size), RESULTS / f"{name}.png")
+        height = width = max(64, first["config"].get("image_size", 0))  # smaller ones are enlarged
+        if "iclevr" in first["script"]:
+            height += OBJECT_SIZE + 2  # the requested objects below each image
+        keep(strips({run.name: grid_of(run) for run in runs}, width, height), RESULTS / f"{name}.png")
     else:
         kept = {"note": note, "grids": grids} | figures(folder)
         keep(grid_of(folder), RESULTS / f"{name}.png")
@@ -100,18 +111,17 @@ def keep_generator(folder: Path, target: Path) -> None:
     shutil.copy(folder / "scores.json", target)
 
 
-def strips(grids: dict[str, Image.Image], size: int = 64) -> Image.Image:
+def strips(grids: dict[str, Image.Image], width: int = 64, height: int = 64) -> Image.Image:
     """The last eight images of each grid (its last line, if that has fewer) in a row with its name.
 
-    size: of the images, in pixels of the grids. In a sweep of one seed the rows have the same z.
+    width, height: of an image with its caption, in pixels. In a sweep of one seed the rows have the same z.
     """
-    tile = size + 2
-    widths = [min(8 * tile + 2, grid.width) for grid in grids.values()]
-    canvas = Image.new("RGB", (max(widths), len(grids) * (tile + 18)), "white")
-    for i, ((name, grid), width) in enumerate(zip(grids.items(), widths, strict=True)):
-        y = i * (tile + 18)
+    widths = [min(8 * (width + 2) + 2, grid.width) for grid in grids.values()]
+    canvas = Image.new("RGB", (max(widths), len(grids) * (height + 20)), "white")
+    for i, ((name, grid), wide) in enumerate(zip(grids.items(), widths, strict=True)):
+        y = i * (height + 20)
         ImageDraw.Draw(canvas).text((3, y + 1), name, fill="black", font=ImageFont.load_default(size=11))
-        last = grid.width - width, grid.height - tile - 2, grid.width, grid.height
+        last = grid.width - wide, grid.height - height - 4, grid.width, grid.height
         canvas.paste(grid.convert("RGB").crop(last), (0, y + 15))
     return canvas
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from common import pictures
 from results import record
@@ -102,7 +102,7 @@ def test_a_sweep_is_kept_as_one(tiny_run, tmp_path, monkeypatch):
     kept = json.loads((tmp_path / "results" / "both.json").read_text())
     assert sorted(kept["runs"]) == ["one", "two"] and kept["runs"]["one"]["iterations"] == 9
     with Image.open(tmp_path / "results" / "both.png") as strips, Image.open(tiny_run / "test.png") as grid:
-        assert strips.size == (grid.width, 2 * (66 + 18))
+        assert strips.size == (grid.width, 2 * (64 + 13 + 20))  # with the captions
     assert len(record.run_rows({"both": kept})) == 2  # no row of its own, but a table
     table = record.sweep_table("both", kept)
     for part in ("a remark", "(both.png)", "| one | ", " | 9 in 0 min |", "| three | diverged or not f",
@@ -111,11 +111,23 @@ def test_a_sweep_is_kept_as_one(tiny_run, tmp_path, monkeypatch):
     assert record.number(0.25, 0.0) == "0.25" and record.number(0.25, 0.01) == "0.25 ± 0.01"
 
 
+def test_the_requested_objects_below_a_kept_image_keep_their_colours(tmp_path):
+    images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    captions = [[f"{colour} cube", f"{colour} sphere"] for colour in record.CAPTIONS[2:]]
+    grid = pictures.save_grid(tmp_path / "grid.png", images, "a title", captions=captions)
+    record.keep(grid, tmp_path / "kept.png")
+    with Image.open(tmp_path / "kept.png") as kept:
+        before, after = np.array(grid)[-13:], np.array(kept.convert("RGB"))[-13:]
+    for name in record.CAPTIONS[2:]:
+        places = (before == ImageColor.getrgb(name)).all(-1)
+        assert places.sum() > 50 and (after[places] == before[places]).all(), name
+
+
 @pytest.mark.parametrize("size,shown,columns", [(32, 64, 10), (64, 64, 4), (128, 128, 8)])
 def test_strips_are_the_last_images_of_grids_of_any_size(tmp_path, size, shown, columns):
     images = torch.rand(2 * columns, 3, size, size) * 2 - 1
     pictures.save_grid(tmp_path / "grid.png", images, "a title", nrow=columns)
-    strip = record.strips({"one": Image.open(tmp_path / "grid.png")}, shown)
+    strip = record.strips({"one": Image.open(tmp_path / "grid.png")}, shown, shown)
     n, tile = min(8, columns), shown + 2
     assert strip.size == (n * tile + 2, tile + 18)
     for i in range(n):  # each image whole, in its place
