@@ -120,10 +120,11 @@ class Judge:
 
 def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
     """The judge that cfg.judge names: "auto" (the shipped one, else as trained_judge), "none", or a path."""
-    if cfg.judge == "none":
-        return None
-    if not data.classes:
-        print("no judge and no scores: the images have no labels")
+    if cfg.judge == "none" or not data.classes:
+        if getattr(cfg, "fid_weights", "auto") not in ("auto", "none"):
+            raise UserError("--fid-weights: FID is measured beside a judge's scores, and there is no judge")
+        if cfg.judge != "none":
+            print("no judge and no scores: the images have no labels")
         return None
     path = Path(cfg.judge)
     if cfg.judge == "auto":
@@ -239,8 +240,8 @@ def count_objects(probabilities: torch.Tensor, labels: torch.Tensor, _groups: tu
     all objects found; "accuracy_1" … "accuracy_3": by number of objects.
     """
     k = (labels < probabilities.shape[1]).sum(1)
-    top = probabilities.topk(labels.shape[1]).indices
-    in_top_k = torch.arange(labels.shape[1]) < k[:, None]
+    top = probabilities.topk(min(labels.shape[1], probabilities.shape[1])).indices
+    in_top_k = torch.arange(top.shape[1]) < k[:, None]
     found = ((labels[:, :, None] == top[:, None, :]) & in_top_k[:, None, :]).any(2).sum(1)
     result = {"accuracy": (found.sum() / k.sum()).item(), "exact": (found == k).float().mean().item()}
     for number in range(1, labels.shape[1] + 1):
@@ -377,19 +378,13 @@ def score_fid(sample: Sampler, net: Inception, real: torch.Tensor, n: int, draws
     """FID of n generated images to real ones, uint8 [N, 1 or 3, S, S]: mean and std over draws of z."""
     device = net.fc.weight.device
 
-    def moments(batches: Iterable[torch.Tensor]) -> Moments:
-        result = Moments()
-        for part in features(net, batches):
-            result.update(part)
-        return result
-
     def once(g: torch.Generator) -> dict:
-        fake = moments(sample(min(100, n - i), g)[0] for i in range(0, n, 100))
+        fake = Moments(features(net, (sample(min(100, n - i), g)[0] for i in range(0, n, 100))))
         return {"FID": distance(reference, fake)}
 
     if len(real) < 2048:
         print(f"FID of {len(real):,} real images, fewer than 2,048, is biased: compare equal numbers only")
-    reference = moments(part.to(device) for part in real.split(100))
+    reference = Moments(features(net, (part.to(device) for part in real.split(100))))
     return over_draws(once, draws, seed)["FID"]
 
 

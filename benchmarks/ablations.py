@@ -224,7 +224,7 @@ def save_strips(args, found: dict[str, dict], path: Path) -> None:
         if 0 not in found[row]["seeds"]:
             continue
         G, cfg, data = load(args.out / name(row, 0), "G" if row == NO_EMA else "ema")
-        z = torch.randn(12, 128, generator=torch.Generator().manual_seed(0))[:, :cfg.z_dim]
+        z = torch.randn(12, cfg.z_dim, generator=torch.Generator().manual_seed(0))
         sets = data.tests["test"]
         count = (sets < len(data.classes)).sum(1)
         chosen = sets[torch.cat([(count == k).nonzero()[:4, 0] for k in (1, 2, 3)])]

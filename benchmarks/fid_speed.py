@@ -55,9 +55,7 @@ def pictures(folder: Path, n: int, size: int, seed: int) -> Path:
 
 
 def ours(net: fid.Inception, folder: Path, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    moments = fid.Moments()
-    for batch in fid.features(net, read_images(list_images(folder), batch_size)):
-        moments.update(batch)
+    moments = fid.Moments(fid.features(net, read_images(list_images(folder), batch_size)))
     return moments.mean.numpy(), moments.covariance.numpy()
 
 

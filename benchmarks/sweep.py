@@ -56,8 +56,8 @@ class Job:
             return True
         if not (self.folder / "scores.json").exists():
             return False
-        stored = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        return stored["config"]["iters"] == self.cfg.iters
+        scores = json.loads((self.folder / "scores.json").read_text(encoding="utf-8"))
+        return scores["last"]["step"] == self.cfg.iters  # not those of --eval on a run that was stopped
 
     def command(self) -> list[str]:
         target = ["--out", str(self.folder), *self.flags]

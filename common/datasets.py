@@ -77,9 +77,13 @@ class Data:
         return self.images[order[:len(self.test_images)]]
 
     def validation_sets(self, n: int = 96) -> torch.Tensor:
-        """Label sets [≤ n, 3] of training scenes, not in tests, up to n/3 of 1, 2, 3 objects: for best.pt."""
+        """Label sets [≤ n, 3] of training scenes, up to n/3 of 1, 2, 3 objects: best.pt is chosen by these.
+
+        None is in tests, unless all of them are.
+        """
         g, sets = torch.Generator().manual_seed(0), self.labels.unique(dim=0)
-        sets = sets[~(sets[:, None] == torch.cat([sets[:0], *self.tests.values()])).all(2).any(1)]
+        others = sets[~(sets[:, None] == torch.cat([sets[:0], *self.tests.values()])).all(2).any(1)]
+        sets = others if len(others) else sets
         count = (sets < len(self.classes)).sum(1)
         return torch.cat([s[torch.randperm(len(s), generator=g)[:n // 3]] for s in
                           (sets[count == k] for k in (1, 2, 3))])
@@ -117,8 +121,9 @@ def load_iclevr(cfg) -> Data:
         ids = {name: i for i, name in enumerate(scenes.OBJECTS)}
         lists = json.loads(Path(scenes.__file__).with_name("iclevr_tests.json").read_text())
         tests = {name: torch.tensor([pad_ids(s, ids, name) for s in sets]) for name, sets in lists.items()}
+        digest = digest_of(f"{d['key']} {size}", d["labels"])  # of code: pixels depend on the processor
         return Data("synthetic scenes", "scenes", source, d["images"], d["labels"], scenes.OBJECTS,
-                    d["digest"], scene=d["scene"], tests=tests, origin=d["key"])
+                    digest, scene=d["scene"], tests=tests, origin=d["key"])
     folder = Path(source)
     ids, train, tests = read_iclevr_lists(folder)
     places = map(folder.joinpath, ("images", "iclevr", "image"))
@@ -181,7 +186,7 @@ def load_digits(cfg, image_size: int) -> Data:
     cfg.data: "mnist" (data/MNIST, downloaded if missing), a folder with MNIST/raw or the four files, perhaps
     .gz or ….idx3-ubyte, "synthetic", or "auto". UserError: missing, damaged, too few or not to be downloaded.
     """
-    source, n, origin = cfg.data, cfg.n_synthetic, ""
+    source, n = cfg.data, cfg.n_synthetic
     if source == "auto":
         try:
             read_mnist(Path("data"), False, download=True)
@@ -194,14 +199,14 @@ def load_digits(cfg, image_size: int) -> Data:
     if source == "synthetic":
         d = cached(*rendering(digits, n + n // 6 + 1, 28, ("images", "labels", "factors")))
         sets = [(d["images"][part], d["labels"][part]) for part in (slice(n), slice(n, None))]
-        origin = d["key"]
+        origin, digest = d["key"], digest_of(d["key"], d["labels"])
     else:
         root = Path("data" if source == "mnist" else source)
         sets = [read_mnist(root, train, download=source == "mnist") for train in (True, False)]
-    digest = digest_of("", *(x for pair in sets for x in pair))
+        origin = digest = digest_of("", *(x for pair in sets for x in pair))
     train, test = ((resize(images, [image_size, image_size]), labels) for images, labels in sets)
     return Data("synthetic digits" if source == "synthetic" else "MNIST", "digits", source, *train,
-                tuple("0123456789"), f"{digest}-{image_size}", *test, origin=origin or digest)
+                tuple("0123456789"), f"{digest}-{image_size}", *test, origin=origin)
 
 
 def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,9 +247,9 @@ def load_faces(cfg, labelled: bool = True) -> Data:
     source, size, origin = pick_source(cfg.data, "data/celeba"), cfg.image_size, ""
     if source == "synthetic":
         d = cached(*rendering(faces, cfg.n_synthetic, size, ("images", "labels")))
-        name, known, images, pixels = "synthetic faces", faces.FACE_ATTRIBUTES, d["images"], d["digest"]
+        name, known, images = "synthetic faces", faces.FACE_ATTRIBUTES, d["images"]
         columns = pick_columns(cfg.attributes, known, "the synthetic set")
-        labels, origin = d["labels"][:, columns], d["key"]
+        labels, origin, pixels = d["labels"][:, columns], d["key"], f"{d['key']} {size}"
     else:
         tables = [Path(source) / name for name in FACE_LAYOUTS]
         table = next(filter(os.path.isfile, tables), tables[0])

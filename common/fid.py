@@ -98,8 +98,10 @@ class Moments:
     Batches are merged as in Chan, Golub and LeVeque (1983), eq. 2.1, which loses no digits to large means.
     """
 
-    def __init__(self):
+    def __init__(self, batches: Iterable[torch.Tensor] = ()):
         self.count, self.mean, self._scatter = 0, 0.0, 0.0
+        for x in batches:
+            self.update(x)
 
     def update(self, x: torch.Tensor) -> None:
         """Add features [N, D]. Raises UserError if they are not finite."""

@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import time
 import tracemalloc
 
@@ -261,6 +262,25 @@ def test_no_reported_label_set_chooses_the_best_checkpoint(iclevr):
     assert torch.equal(data.validation_sets(), data.validation_sets())
     data.tests = {}
     assert {tuple(row) for row in data.validation_sets().tolist()} & reported
+    data.tests = {"test": data.labels.unique(dim=0)}  # of all sets, as with few classes of one's own
+    assert {tuple(row) for row in data.validation_sets().tolist()} <= known and len(data.validation_sets())
+
+
+@pytest.mark.parametrize("renderer, load", [
+    (scenes, lambda: load_iclevr("synthetic")), (digits, lambda: load_digits("synthetic", 32)),
+    (faces, lambda: load_faces("synthetic", 32))])
+def test_synthetic_sets_are_named_by_their_code_since_pixels_depend_on_the_processor(
+        renderer, load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, original = load(), renderer.render
+    shutil.rmtree("data/cache")
+
+    def elsewhere(*args, **options):
+        images, *others = original(*args, **options)
+        return images ^ 1, *others
+    monkeypatch.setattr(renderer, "render", elsewhere)
+    again = load()
+    assert not torch.equal(first.images, again.images) and first.digest == again.digest
 
 
 # ------------------------------------------------------------------------------------------------- digits

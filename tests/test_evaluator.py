@@ -36,6 +36,8 @@ def test_count_objects_by_hand():
     assert result["exact"] == pytest.approx(2 / 4)
     assert result["accuracy_1"] == 1 and result["accuracy_2"] == 0.5
     assert result["accuracy_3"] == pytest.approx(4 / 6)
+    few = evaluator.count_objects(torch.tensor([[0.1, 0.9]] * 2), torch.tensor([[0, 2, 2], [0, 1, 2]]))
+    assert few == {"accuracy": pytest.approx(2 / 3), "exact": 0.5, "accuracy_1": 0, "accuracy_2": 1}
 
 
 def test_score_sets_means_over_draws_of_z():
@@ -89,6 +91,8 @@ def test_refused_judges(tmp_path):
             get_judge(data_of(24), judge=tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
     assert get_judge(data_of(24), judge="none") is None
+    with pytest.raises(UserError, match="there is no judge"):
+        evaluator.get_judge(settings(judge="none", fid_weights="weights.pth"), data_of(24), CPU)
 
 
 @pytest.fixture(scope="module")

@@ -168,4 +168,7 @@ def test_a_script_trains_and_scores_with_two_processes(here, name="sngan_iclevr"
     assert first[0] == second[0] == 0, first[2] + second[2]
     folder, = (here / "runs").iterdir()
     assert (folder / "scores.json").exists() and (folder / "best.pt").exists() and second[1] == ""
+    for status, _, error in ends(start(ROOT / f"{name}.py", "--sample", str(folder), "--to", "x", cwd=here)):
+        assert status == 2 and not (here / "x").exists() and error in (
+            "", "error: --sample needs one process only: call it without torchrun\n")
     run_here(name, "resume", folder, iters=4)

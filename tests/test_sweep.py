@@ -77,6 +77,10 @@ def test_a_sweep_makes_its_runs_once_and_ends_in_a_table(here, monkeypatch, caps
     (here / "x" / "seed=1" / "scores.json").unlink()  # this one was not
     call(monkeypatch, "dcgan_mnist.py", "seed=0,1", "--out", "x", "--", *tiny)
     assert capsys.readouterr().out.count("done") == 1
+    path = here / "x" / "seed=1" / "scores.json"
+    path.write_text(path.read_text().replace('"step": 4', '"step": 2'))  # --eval on a run that was stopped
+    call(monkeypatch, "dcgan_mnist.py", "seed=0,1", "--out", "x", "--", *tiny)
+    assert capsys.readouterr().out.count("done") == 1
     call(monkeypatch, "dcgan_mnist.py", "seed=0", "--out", "x", "--", *tiny, "--iters", "6")  # longer
     assert json.loads((here / "x" / "seed=0" / "config.json").read_text())["config"]["iters"] == 6
     for other, message in ((["--lr-g", "0.5"], "--lr-g is 0.0002 there, 0.5 here"), ([], "with --iters 6"),
