@@ -65,7 +65,7 @@ def keep(image: Image.Image, path: Path) -> None:
     image, palette = image.convert("RGB"), Image.new("P", (1, 1))
     exact = [value for name in CAPTIONS for value in ImageColor.getrgb(name)]
     for colours in (256, 128, 64):
-        found = image.quantize(colours - len(CAPTIONS)).getpalette()
+        found = image.quantize(colours - len(CAPTIONS), kmeans=3).getpalette()  # without, reds turn pink
         palette.putpalette(exact + found[:3 * (colours - len(CAPTIONS))])
         image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
         if path.stat().st_size <= 300_000:
