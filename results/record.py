@@ -60,12 +60,12 @@ def figures(folder: Path) -> dict:
 def keep(image: Image.Image, path: Path) -> None:
     """Save a PNG of 256 colours, fewer if it has over 300 KB: pictures weigh on every clone.
 
-    The colours of captions stay as they are, so that a red object below an image is not a purple one.
+    Most of them would be greys of a floor: captions have theirs, and k-means finds those of small objects.
     """
     image, palette = image.convert("RGB"), Image.new("P", (1, 1))
     exact = [value for name in CAPTIONS for value in ImageColor.getrgb(name)]
     for colours in (256, 128, 64):
-        found = image.quantize(colours - len(CAPTIONS), kmeans=3).getpalette()  # without, reds turn pink
+        found = image.quantize(colours - len(CAPTIONS), kmeans=3).getpalette()
         palette.putpalette(exact + found[:3 * (colours - len(CAPTIONS))])
         image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
         if path.stat().st_size <= 300_000:

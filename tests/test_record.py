@@ -6,10 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 
 from common import pictures
+from common.datasets import to_float
 from results import record
+from synthetic import scenes
 from tests.conftest import TINY, flags, run_here, script
 
 GENERATORS = record.ROOT / "generators"
@@ -111,16 +113,15 @@ def test_a_sweep_is_kept_as_one(tiny_run, tmp_path, monkeypatch):
     assert record.number(0.25, 0.0) == "0.25" and record.number(0.25, 0.01) == "0.25 ± 0.01"
 
 
-def test_the_requested_objects_below_a_kept_image_keep_their_colours(tmp_path):
-    images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    captions = [[f"{colour} cube", f"{colour} sphere"] for colour in record.CAPTIONS[2:]]
-    grid = pictures.save_grid(tmp_path / "grid.png", images, "a title", captions=captions)
+def test_kept_pictures_keep_the_colours_of_objects_and_captions(tmp_path):
+    images, labels, _ = scenes.render(32, 64)
+    captions = pictures.names_of(labels, scenes.OBJECTS)
+    grid = pictures.save_grid(tmp_path / "grid.png", to_float(images), "a title", captions=captions)
     record.keep(grid, tmp_path / "kept.png")
     with Image.open(tmp_path / "kept.png") as kept:
-        before, after = np.array(grid)[-13:], np.array(kept.convert("RGB"))[-13:]
-    for name in record.CAPTIONS[2:]:
-        places = (before == ImageColor.getrgb(name)).all(-1)
-        assert places.sum() > 50 and (after[places] == before[places]).all(), name
+        before, after = np.array(grid, int), np.array(kept.convert("RGB"), int)
+    error = abs(before - after).max(-1)[before.max(-1) - before.min(-1) > 60]  # of what isn't grey
+    assert len(error) > 5000 and error.mean() < 8 and error.max() < 40
 
 
 @pytest.mark.parametrize("size,shown,columns", [(32, 64, 10), (64, 64, 4), (128, 128, 8)])
