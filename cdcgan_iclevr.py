@@ -52,7 +52,7 @@ class Config(Settings):
     d_norm: Literal["batch", "none"] = "batch"  # D's norm
     loss: Literal["bce", "paired"] = "bce"  # minimax, or of pairs of a real and a generated image
     gamma: float = 0.0  # weight of the mean of R1 and R2, D's gradients at real and generated images
-    aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses
+    aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses; 0 with plane
     beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
     beta2: float = 0.999  # and of its square's
 
@@ -60,6 +60,8 @@ class Config(Settings):
         super().__post_init__()
         if self.loss == "paired" and (self.smooth_labels or self.flip_labels):
             raise UserError("--smooth-labels and --flip-labels are for --loss bce: pairs have no targets")
+        if self.d_cond == "plane" and self.aux_weight:
+            raise UserError("--d-cond plane needs --aux-weight 0: D's classifier would read the labels there")
 
 
 QUICK = dict(iters=5000, batch_size=32, lr_g=1e-3, lr_d=1e-3, halve_every=0, ch=32, ema=0.998, n_scenes=4000,

@@ -42,6 +42,7 @@ class Row:
 
 
 SNGAN, DCGAN, NO_EMA = "SNGAN, the preset", "DCGAN, the preset", "no EMA"
+NO_CLASSIFIER = "DCGAN, no classifier"
 NORM, BCE = "--d-norm batch --gamma 0", "--d-norm batch --gamma 0 --loss bce"
 # the recipes as written up, but for their widths
 WRITTEN = "--aux-weight 0 --ema 0 --lr-d 1e-4 --beta1 0.5 --beta2 0.999"
@@ -66,8 +67,8 @@ ROWS = {
     "residual D": Row("sngan_iclevr", "--gamma 0 --d-norm spectral --d-net resnet", "spectral norm", "used"),
     "as written up": Row("sngan_iclevr", SNGAN_WRITTEN, SNGAN, "all of it, this narrow"),
     DCGAN: Row("cdcgan_iclevr", "", SNGAN, "0.62, at full size, by the course's judge"),
-    "DCGAN, plane of labels": Row("cdcgan_iclevr", "--d-cond plane", DCGAN, "used"),
-    "DCGAN, no classifier": Row("cdcgan_iclevr", "--aux-weight 0", DCGAN, "none used"),
+    NO_CLASSIFIER: Row("cdcgan_iclevr", "--aux-weight 0", DCGAN, "none used"),
+    "DCGAN, plane of labels": Row("cdcgan_iclevr", "--d-cond plane --aux-weight 0", NO_CLASSIFIER, "used"),
     "DCGAN, no penalty": Row("cdcgan_iclevr", "--gamma 0", DCGAN, "none used"),
     "DCGAN, batch norm": Row("cdcgan_iclevr", NORM, "DCGAN, no penalty", "used"),
     "DCGAN, BCE": Row("cdcgan_iclevr", BCE, "DCGAN, batch norm", "used"),

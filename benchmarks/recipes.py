@@ -45,7 +45,6 @@ ROWS = {
         "no penalty": "--gamma 0",
         "batch norm in D": "--d-norm batch --gamma 0",
         "batch norm, BCE": "--d-norm batch --gamma 0 --loss bce",
-        "write-up's D and loss, classifier": "--d-norm batch --gamma 0 --loss bce --d-cond plane",
         "write-up's D and loss": "--d-norm batch --gamma 0 --loss bce --d-cond plane --aux-weight 0",
         "Adam (0.5, 0.999)": "--beta1 0.5 --beta2 0.999",
         "width 16": "--ch 16",

@@ -67,6 +67,7 @@ FLAGS = [  # command, part of the message
     ("cdcgan_iclevr --d-cond linear", "invalid choice"),
     ("cdcgan_iclevr --halve-every -1", "--halve-every -1"),
     ("cdcgan_iclevr --quick --smooth-labels", "are for --loss bce"),
+    ("cdcgan_iclevr --quick --d-cond plane", "--d-cond plane needs --aux-weight 0"),
     ("cdcgan_iclevr --loss paired --flip-labels 0.1", "are for --loss bce"),
     # what is known only with the data, but before training
     (f"dcgan_mnist {SMALL['dcgan_mnist']} --batch-size 61", "--batch-size 61 is more than the 60 training"),
