@@ -37,7 +37,7 @@ SCRIPTS = (
     ("dcgan_mnist.py", "DCGAN, Radford et al. 2016", "dcgan_quick", "FID < 60"),
     ("infogan_mnist.py", "InfoGAN, Chen et al. 2016", "infogan_quick", "pictures; the paper: 0.95"),
     ("acgan_celeba.py", "ACGAN, Odena et al. 2017", "acgan_real", "FID 44.3 to 216.2 on cartoon faces"),
-    ("vae_celeba.py", "VAE, Kingma & Welling 2014", "vae_quick", "pictures"),
+    ("vae_celeba.py", "VAE, Kingma & Welling 2014", "vae_real", "pictures"),
     ("sngan_iclevr.py", "SNGAN, Miyato et al. 2018; projection, Miyato & Koyama 2018", "sngan_real",
      "accuracy 0.79 and 0.82"),
     ("cdcgan_iclevr.py", "conditional DCGAN, Mirza & Osindero 2014", "cdcgan_real", "accuracy 0.62"),
