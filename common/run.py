@@ -54,7 +54,7 @@ class Run:
         self.wants_scores = action != "sample" and self.first
         self.step, self.best, self.means, self.row, self.writer = 0, -math.inf, {}, {}, None
         self.looping, self.signal, self.warned, self.idle = False, 0, set(), 0
-        self.started, self.before = time.monotonic(), 0.0  # seconds trained in earlier sittings
+        self.started = time.monotonic()
         if not self.trains and parallel.world() > 1:
             raise UserError(f"--{action} needs one process only: call it without torchrun")
         if target := cfg.to or cfg.out * (action == "train"):
@@ -126,7 +126,6 @@ class Run:
         if state["step"] > self.cfg.iters:
             raise UserError(f"--iters {self.cfg.iters}: {self.folder} is already at {state['step']}")
         self.step, self.best, self.means = state["step"], state["best"], state["means"]
-        self.before = state.get("seconds", 0.0)
         if parallel.rank() < len(state["rng"]):  # else it was saved by fewer processes
             rng = state["rng"][parallel.rank()]
             torch.set_rng_state(rng["cpu"])
@@ -147,7 +146,7 @@ class Run:
                 if not x.isfinite().all():
                     raise NotFinite(f"{key}{path} is not finite at step {self.step}. {self._kept()}")
         state |= dict(step=self.step, best=self.best, means=self.means, data=self.data.about(), rng=rng,
-                      config=vars(self.cfg), seconds=time.monotonic() - self.started)
+                      config=vars(self.cfg))
         previous = self.folder / "previous.pt" if name == "last" else None
         system.write_whole(self.folder / f"{name}.pt", lambda p: torch.save(state, p), previous)
 
@@ -289,7 +288,8 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step)
         print(f"run: {self.folder}")
-        self.mark, self.started = (time.monotonic(), self.step), time.monotonic() - self.before
+        before = float(self.rows[-1]["seconds"]) if self.rows else 0.0  # trained in earlier sittings
+        self.mark, self.started = (time.monotonic(), self.step), time.monotonic() - before
 
     def _write_table(self) -> None:
         """Write all of metrics.csv, with the columns that the rows have by now."""

@@ -1,5 +1,4 @@
 """The command line, the run folder and the checkpoints, without a method."""
-import csv
 import json
 import math
 import signal
@@ -248,15 +247,6 @@ def test_rows_and_pictures_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step_0000005.png", "step_0000006.png"]
     assert not list(folder.rglob(".*")) and not (folder / "scores.json").exists()
     assert [s["from_step"] for s in json.loads((folder / "config.json").read_text())["sittings"]] == [0, 5]
-
-
-def test_the_seconds_of_earlier_sittings_count_up_to_the_checkpoint(tmp_path):
-    r = train(new_run(tmp_path, iters=7))
-    r.started -= 100  # a hundred seconds since the last row
-    r.save("last")
-    r = train(new_run(tmp_path, "resume", iters=9))
-    *_, last = csv.DictReader((r.folder / "metrics.csv").read_text().splitlines())
-    assert 100 < float(last["seconds"]) < 130
 
 
 def test_precision_auto_is_bf16_where_the_hardware_has_it_and_is_kept(tmp_path, monkeypatch, capsys):
