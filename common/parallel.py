@@ -36,6 +36,7 @@ def processes():
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=timedelta(days=1))  # the others wait while the first scores or trains a judge
     with contextlib.ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)  # after errors, too: else its threads may abort the exit
         if rank():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
@@ -54,7 +55,6 @@ def processes():
             if rank():
                 sys.exit(128 + stopped.args[1])
             raise
-    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
