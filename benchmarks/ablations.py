@@ -7,7 +7,8 @@
 One change at a time, three seeds, equal minutes. Each run is a process of sngan_iclevr.py or cdcgan_iclevr.py
 --quick, as in benchmarks/sweep.py. A row's pace is measured first, alone, and sets its iterations: a change
 that makes an iteration slower gets fewer. After Ctrl-C the same command continues. The figures are of the
-last iteration, on both test lists: means over seeds of means over draws of z.
+last iteration, on both test lists: means over seeds of means over draws of z. They end in --out, as
+ablations.json and ablations.png, with a strip of each row.
 """
 import importlib
 import json
@@ -102,13 +103,14 @@ def paces(args) -> dict[str, float]:
 
 
 def load(folder: Path, key: str) -> tuple:
-    """G of a run's last checkpoint, averaged ("ema") or not ("G"); its config and data."""
+    """G of a run's last checkpoint, averaged ("ema") or not ("G"); its config and data, without images."""
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     script = importlib.import_module(stored["script"][:-3])
     cfg = script.Config(**stored["config"])
-    data = datasets.load_iclevr(cfg)
+    state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+    data = datasets.Data.known(state["data"])
     G = script.Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size)
-    G.load_state_dict(torch.load(folder / "last.pt", map_location="cpu", weights_only=True)[key])
+    G.load_state_dict(state[key])
     return G.eval().requires_grad_(False), cfg, data
 
 
@@ -121,7 +123,8 @@ def scores(args, row: str, seed: int) -> dict[str, float] | None:
     if row == NO_EMA:
         path = folder / "scores_without_ema.json"
         if not path.exists() or path.stat().st_mtime < (folder / "scores.json").stat().st_mtime:
-            device, (G, cfg, data) = pick_device(args.device), load(folder, "G")
+            device, (G, cfg, _) = pick_device(args.device), load(folder, "G")
+            data = datasets.load_iclevr(cfg)
             G, judge = G.to(device), evaluator.get_judge(cfg, data, device)
 
             def sample(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -244,7 +247,6 @@ def main() -> int:
     parser.add_argument("--data", default="auto", help="i-CLEVR's folder, auto, or synthetic")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/ablations)")
-    parser.add_argument("--keep", type=Path, help="where to: FILE.json and FILE.png (default: in --out)")
     args = parser.parse_args(argv[:cut])
     args.more, args.data = argv[cut + 1:], datasets.pick_source(args.data, "data/iclevr")
     args.out = args.out or Path("runs/ablations" + "-synthetic" * (args.data == "synthetic"))
@@ -267,8 +269,6 @@ def main() -> int:
     if len(what) > 1:
         raise UserError(f"{args.out} holds scores that can't be compared: {' and '.join(sorted(what))}")
     what = what.pop()
-    print(f"\n{what}:\n\n{markdown(found)}")
-    keep = args.keep or args.out / "ablations"
     sittings = [sitting for path in args.out.glob("*/config.json")
                 for sitting in json.loads(path.read_text(encoding="utf-8"))["sittings"]]
     circumstances = {k: ", ".join(sorted({sitting[k] for sitting in sittings}))
@@ -276,8 +276,9 @@ def main() -> int:
     command = " ".join(["benchmarks/ablations.py --data", args.data, f"--minutes {args.minutes:g}",
                         f"--seeds {args.seeds}", *(["--", *args.more] if args.more else [])])
     content = {"command": command, "what": what, **circumstances, "rows": found}
-    write_json(keep.with_suffix(".json"), content)
-    save_strips(args, found, keep.with_suffix(".png"))
+    write_json(args.out / "ablations.json", content)
+    save_strips(args, found, args.out / "ablations.png")
+    print(f"\n{what}:\n\n{markdown(found)}")
     return 0
 
 

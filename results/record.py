@@ -4,8 +4,9 @@
     python results/record.py                                   # only build the tables
 
 The kept grid is test.png or samples.png; --grids names others to keep beside it. A folder that
-benchmarks/sweep.py filled is kept as one, with a table and a picture of its own: a strip of each run. With
---generator only the run's generator is kept, in generators/KEPT_AS: a folder for --sample and --eval.
+benchmarks/sweep.py or ablations.py filled is kept as one, with a table and a picture of its own: a strip of
+each run. With --generator only the run's generator is kept, in generators/KEPT_AS: a folder for --sample and
+--eval.
 """
 import json
 import math
@@ -21,7 +22,6 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks import recipes  # noqa: E402
 from benchmarks.ablations import markdown  # noqa: E402
 from benchmarks.sweep import seconds_per_iteration  # noqa: E402
 from common.cli import Parser  # noqa: E402
@@ -78,7 +78,10 @@ def grid_of(folder: Path) -> Image.Image:
 
 def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
     """results/NAME.json from the run's config, scores and metrics; its grid as NAME.png, others beside."""
-    if (folder / "sweep.csv").is_file():
+    if (folder / "ablations.json").is_file():
+        kept = json.loads((folder / "ablations.json").read_text(encoding="utf-8"))
+        keep(Image.open(folder / "ablations.png"), RESULTS / f"{name}.png")
+    elif (folder / "sweep.csv").is_file():
         runs = sorted((p.parent for p in folder.glob("*/scores.json")), key=lambda p: p.stat().st_ctime)
         unscored = sorted({p.parent.name for p in folder.glob("*/config.json")} - {run.name for run in runs})
         kept = {"note": note, "grids": grids, "runs": {run.name: figures(run) for run in runs},
@@ -174,9 +177,6 @@ def blocks() -> dict[Path, dict[str, str]]:
         if "scripts" in k:
             about = f"`python {k['command']}` ({hardware(k)}; [figures]({name}.json))"
             found[f"<!-- {name} -->"] = f"{about}:\n\n{speed(k['scripts'])}"
-        if "recipes" in k:
-            about = f"`python {k['command']}` ({hardware(k)} a run; [all figures]({name}.json))"
-            found[f"<!-- {name} -->"] = f"{about}:\n\n{recipes.markdown(k['recipes'])}"
     return {ROOT / "README.md": {"<!-- scripts -->": "\n".join(script_rows(kept))},
             RESULTS / "README.md": found}
 

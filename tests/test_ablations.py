@@ -105,25 +105,24 @@ def call(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROWS", {row: ablations.ROWS[row] for row in rows})
     make_iclevr(tmp_path / "scenes", 12)
 
-    def call(minutes: float, *argv: str, more: str = "") -> int:
+    def call(minutes: float, more: str = "") -> int:
         always = f"ablations.py --seeds 1 --data scenes --device cpu --out runs --minutes {minutes}"
         tiny = "--image-size 32 --ch 2 --batch-size 4 --z-dim 8 --eval-draws 2 --judge-width 8"
         after = f"-- {tiny} --judge-steps 2 {more}"
-        monkeypatch.setattr(sys, "argv", [*always.split(), *argv, *after.split()])
+        monkeypatch.setattr(sys, "argv", [*always.split(), *after.split()])
         return ablations.main()
     return call
 
 
 def test_runs_are_made_once_scored_and_pictured(call, tmp_path, monkeypatch, capsys):
-    (tmp_path / "kept").mkdir()
     used, original = [], ablations.load
     monkeypatch.setattr(ablations, "load", lambda *a: used.append(a) or original(*a))
-    assert call(0.01, "--keep", "kept/all") == 0
+    assert call(0.01) == 0
     output = capsys.readouterr().out
     sngan, dcgan = (Path("runs") / f"{name}-the_preset-0" for name in ("SNGAN", "DCGAN"))
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/last.pt")}
     assert len(made) == 4 and "DCGAN-the_preset-0: done" in output  # with those that measure the pace
-    kept = json.loads((tmp_path / "kept" / "all.json").read_text())
+    kept = json.loads((tmp_path / "runs" / "ablations.json").read_text())
     assert list(kept["rows"]) == list(ablations.ROWS) and ablations.markdown(kept["rows"]) in output
     assert kept["commit"] and kept["what"].startswith("i-CLEVR; judge: ResNet-18 of width 8")
     pace = ablations.seconds_per_iteration(Path("runs/pace-SNGAN-the_preset-0/metrics.csv"))
@@ -135,7 +134,7 @@ def test_runs_are_made_once_scored_and_pictured(call, tmp_path, monkeypatch, cap
         same(original(sngan, key)[0].state_dict(), state[key])
     assert not torch.equal(state["ema"]["last.weight"], state["G"]["last.weight"])
     pictures = [Image.open(tmp_path / "runs" / f"{row}.png") for row in ablations.ROWS]
-    with Image.open(tmp_path / "kept" / "all.png") as picture:
+    with Image.open(tmp_path / "runs" / "ablations.png") as picture:
         assert picture.size == (pictures[0].width, sum(one.height for one in pictures))
     images = [one.crop((0, one.height - 80, one.width, one.height)).tobytes() for one in pictures]
     assert len(set(images)) == 3  # below the headings
@@ -147,7 +146,6 @@ def test_runs_are_made_once_scored_and_pictured(call, tmp_path, monkeypatch, cap
 
 
 def test_a_stop_ends_the_runs_and_nothing_is_kept(call, tmp_path, capfd):
-    (tmp_path / "kept").mkdir()
     folders = [tmp_path / "runs" / f"{name}-the_preset-0" for name in ("SNGAN", "DCGAN")]
 
     def stop() -> None:
@@ -162,7 +160,7 @@ def test_a_stop_ends_the_runs_and_nothing_is_kept(call, tmp_path, capfd):
     thread = threading.Thread(target=stop)
     thread.start()
     with pytest.raises(Stopped, match="the same command continues"):
-        call(100, "--keep", "kept/all")
+        call(100)
     thread.join()
     assert all((folder / "last.pt").exists() for folder in folders)  # they saved before they ended
-    assert not list((tmp_path / "kept").iterdir()) and "done" not in capfd.readouterr().out
+    assert not (tmp_path / "runs" / "ablations.json").exists() and "done" not in capfd.readouterr().out

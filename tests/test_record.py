@@ -110,6 +110,13 @@ def test_a_sweep_is_kept_as_one(tiny_run, tmp_path, monkeypatch):
     for part in ("a remark", "(both.png)", "| one | ", " | 9 in 0 min |", "| three | diverged or not f",
                  "| accuracy test | accuracy new_"):
         assert part in table
+    # a folder of ablations has its table and picture already
+    (tmp_path / "ablations").mkdir()
+    (tmp_path / "ablations" / "ablations.json").write_text('{"rows": {}}')
+    shutil.copy(tiny_run / "test.png", tmp_path / "ablations" / "ablations.png")
+    record.record(tmp_path / "ablations", "tricks", "", [])
+    assert json.loads((tmp_path / "results" / "tricks.json").read_text()) == {"rows": {}}
+    assert (tmp_path / "results" / "tricks.png").is_file()
     assert record.number(0.25, 0.0) == "0.25" and record.number(0.25, 0.01) == "0.25 ± 0.01"
 
 
