@@ -247,15 +247,16 @@ def run_rows(kept: dict[str, dict]) -> list[str]:
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", help="the run, or a sweep's folder")
+    parser.add_argument("folder", type=Path, nargs="?", help="of a run, a sweep or ablations")
     parser.add_argument("name", nargs="?", help="what to keep it as")
     parser.add_argument("--note", default="", help="a remark for the table")
     parser.add_argument("--grids", nargs="*", default=[], help="pictures to keep beside it: interpolation …")
     parser.add_argument("--generator", action="store_true", help="keep only the generator")
     args = parser.parse_args()
-    finished = args.folder and any((args.folder / f).is_file() for f in ("scores.json", "sweep.csv"))
+    files = "scores.json", "sweep.csv", "ablations.json"
+    finished = args.folder and any((args.folder / file).is_file() for file in files)
     if args.folder and not (args.name and finished):
-        raise UserError(f"{args.folder}: give a run with scores.json (see --eval), or a sweep, and a name")
+        raise UserError(f"{args.folder}: give a folder with {' or '.join(files)} (see --eval), and a name")
     if args.folder:
         if args.generator:
             keep_generator(args.folder, ROOT / "generators" / args.name)
