@@ -119,8 +119,9 @@ def wait_until_both_train(folder: Path) -> list[int]:
     """Their process numbers."""
     paths = [folder / f"at-{i}" for i in range(2)]
     for _ in range(1200):
-        if all(p.exists() and p.read_text() for p in paths):
-            return [int(p.read_text()) for p in paths]
+        numbers = [p.read_text() for p in paths if p.exists()]  # read once: each step writes them anew
+        if all(numbers) and len(numbers) == len(paths):
+            return [int(number) for number in numbers]
         time.sleep(0.1)
     raise AssertionError("they do not train")
 
