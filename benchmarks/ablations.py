@@ -1,4 +1,4 @@
-"""The worth of each part of the i-CLEVR scripts' quick presets, and of each trick of their write-ups.
+"""The worth of parts of the i-CLEVR scripts' quick presets, and of tricks of their write-ups.
 
     python benchmarks/ablations.py                         # two and a half hours on two cores
     python benchmarks/ablations.py --minutes 60 -- --ch 64 # wider and longer; flags of both scripts after --
