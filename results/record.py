@@ -79,6 +79,8 @@ def grid_of(folder: Path) -> Image.Image:
 def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
     """results/NAME.json from the run's config, scores and metrics; its grid as NAME.png, others beside."""
     if (folder / "ablations.json").is_file():
+        if note or grids:
+            raise UserError("--note and --grids are not for ablations")
         kept = json.loads((folder / "ablations.json").read_text(encoding="utf-8"))
         keep(Image.open(folder / "ablations.png"), RESULTS / f"{name}.png")
     elif (folder / "sweep.csv").is_file():

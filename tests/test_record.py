@@ -10,6 +10,7 @@ from PIL import Image
 
 from common import pictures
 from common.datasets import to_float
+from common.errors import UserError
 from results import record
 from synthetic import scenes
 from tests.conftest import TINY, flags, run_here, script
@@ -114,6 +115,8 @@ def test_a_sweep_is_kept_as_one(tiny_run, tmp_path, monkeypatch):
     (tmp_path / "ablations").mkdir()
     (tmp_path / "ablations" / "ablations.json").write_text('{"rows": {}}')
     shutil.copy(tiny_run / "test.png", tmp_path / "ablations" / "ablations.png")
+    with pytest.raises(UserError, match="--note"):
+        record.record(tmp_path / "ablations", "tricks", "a remark", [])
     record.record(tmp_path / "ablations", "tricks", "", [])
     assert json.loads((tmp_path / "results" / "tricks.json").read_text()) == {"rows": {}}
     assert (tmp_path / "results" / "tricks.png").is_file()
