@@ -162,7 +162,7 @@ class Run:
     def load(self, name: str, everything: bool = False) -> dict:
         """Put the state in NAME.pt back into everything tracked, except learning rates; returns all of it.
 
-        A generator kept under results/ has "only" what is sampled from, which is enough unless `everything`.
+        A generator kept in generators/ has "only" what is sampled from, which is enough unless `everything`.
         """
         state = self._read(name)
         keys = self.tracked if everything else state.get("only", self.tracked)
