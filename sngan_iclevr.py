@@ -293,7 +293,7 @@ def main(run: Run) -> None:
     def sample(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return ema(z.to(device), labels.to(device))
 
-    if cfg.lr_decay_from:
+    if cfg.lr_decay_from and run.trains:
         print(f"learning rates fall from iteration {cfg.lr_decay_from:,} on, to 0 at --iters {cfg.iters:,}")
     for step in run.steps():
         if cfg.lr_decay_from and step > cfg.lr_decay_from:
