@@ -183,8 +183,8 @@ def label_sets(text: str, classes: tuple[str, ...]) -> torch.Tensor:
 def load_digits(cfg, image_size: int) -> Data:
     """MNIST, or cfg.n_synthetic synthetic digits and a sixth as many for tests; resized from 28×28.
 
-    cfg.data: "mnist" (data/MNIST, downloaded if missing), a folder with MNIST/raw or the four files, perhaps
-    .gz or ….idx3-ubyte, "synthetic", or "auto". UserError: missing, damaged, too few or not to be downloaded.
+    cfg.data: "mnist" (data/MNIST, downloaded if missing), a folder with MNIST/raw, raw or the four files,
+    perhaps .gz or ….idx3-ubyte, "synthetic", or "auto". UserError: missing, damaged, not to be downloaded.
     """
     source, n = cfg.data, cfg.n_synthetic
     if source == "auto":
@@ -218,7 +218,7 @@ def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, t
             MNIST(root, download=True)
         for kind, read in (("images", mnist.read_image_file), ("labels", mnist.read_label_file)):
             pattern = f"{'train' if train else 't10k'}-{kind}[-.]idx?-ubyte*"
-            paths = (path for place in (raw, root) for path in sorted(place.glob(pattern)))
+            paths = (path for place in (raw, root / "raw", root) for path in sorted(place.glob(pattern)))
             path = next(filter(Path.is_file, paths), raw / pattern)
             parts.append(read(utils.extract_archive(path, unpacked) if path.suffix == ".gz" else path))
         images, labels = parts

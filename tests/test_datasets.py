@@ -345,7 +345,7 @@ def test_damaged_or_missing_mnist_files_are_refused(tmp_path, no_network, name, 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dotted", [False, True])
-@pytest.mark.parametrize("place", ["MNIST/raw", ""])
+@pytest.mark.parametrize("place", ["MNIST/raw", "raw", ""])
 def test_mnist_is_read_as_mirrors_and_kaggle_have_it(tmp_path, no_network, packed, dotted, place):
     raw = make_mnist(tmp_path / "plain") / "MNIST" / "raw"
     expected = load_digits(tmp_path / "plain", 28)
