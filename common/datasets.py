@@ -184,7 +184,7 @@ def load_digits(cfg, image_size: int) -> Data:
     """MNIST, or cfg.n_synthetic synthetic digits and a sixth as many for tests; resized from 28×28.
 
     cfg.data: "mnist" (data/MNIST, downloaded if missing), a folder with MNIST/raw, raw or the four files,
-    perhaps .gz or ….idx3-ubyte, "synthetic", or "auto". UserError: missing, damaged, not to be downloaded.
+    perhaps .gz or ….idx3-ubyte, "synthetic", or "auto". UserError: missing, damaged, too few, no download.
     """
     source, n = cfg.data, cfg.n_synthetic
     if source == "auto":
