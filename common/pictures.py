@@ -150,6 +150,8 @@ def save_gif(path: Path, pictures: list[Path]) -> None:
     n = min(len(pictures), 60, max(10, 12_000_000 // (last.width * last.height)))
     chosen = [pictures[round(i * (len(pictures) - 1) / max(1, n - 1))] for i in range(n)]
     frames = [Image.open(p).convert("RGB").resize(last.size) for p in chosen]
+    # a frame has 256 colours: Pillow's usual choice of them makes the captions' red and purple the same
+    frames = [frame.quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
     options = dict(save_all=True, append_images=frames[1:], loop=0, duration=[250] * (n - 1) + [2000])
     write_whole(path, lambda p: frames[0].save(p, **options))
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from common import pictures
 from tests.conftest import ROOT
@@ -67,6 +67,19 @@ def test_glyphs_tell_shapes_and_colours_apart():
         assert canvas.getpixel((5, 5)) == ((255, 0, 0) if "red" in name else (128,) * 3)
         glyphs |= {canvas.tobytes(), canvas.convert("L").point(lambda v: v == 255).tobytes()}
     assert len(glyphs) == 6 + 3  # shapes differ in outline, too
+
+
+def test_captions_keep_their_colours_in_the_gif(tmp_path):
+    colours = "gray red blue green brown purple cyan yellow".split()
+    images = torch.rand(40, 3, 64, 64) * torch.linspace(0, 0.6, 64) - 0.5  # many colours besides
+    captions = [[f"{colour} cube"] for colour in colours * 5]
+    grid = pictures.save_grid(tmp_path / "0.png", images, "x", captions=captions)
+    pictures.save_gif(tmp_path / "x.gif", [tmp_path / "0.png"])
+    shown = Image.open(tmp_path / "x.gif").convert("RGB")
+    for colour in map(ImageColor.getrgb, colours):
+        y, x = (np.asarray(grid) == colour).all(-1).nonzero()
+        found = np.abs(np.asarray(shown)[y, x] - np.array(colour, dtype=int))
+        assert len(y) > 100 and found.max() < 20, colour
 
 
 @pytest.mark.parametrize("n, size, frames", [(3, 8, 3), (130, 8, 60), (30, 1000, 12), (0, 8, 0)])
