@@ -1,18 +1,20 @@
 """Concat-conditioned DCGAN on i-CLEVR: images of one to three requested objects.
 
-DCGAN: Radford et al. 2016; conditions as inputs of both networks: Mirza & Osindero 2014. sngan_iclevr.py,
-with spectral norm and projection, has the same data, scores and pictures. Both squeeze whole images to a
-square; the write-up crops, which would cut off objects that the labels name.
+DCGAN: Radford et al. 2016; conditions as inputs of both networks: Mirza & Osindero 2014. --recipe r3gan learns
+the labels several times faster: projection (Miyato & Koyama 2018), the relativistic pairing loss with R1 and
+R2 penalties (Huang et al. 2024), no norm in D, and an auxiliary classifier (Odena et al. 2017).
+sngan_iclevr.py has the same data, scores and sample grids. Images are squeezed to a square, whole: cropped, as
+in the reference report, they would lack objects that the labels name.
 
-    python cdcgan_iclevr.py --quick                      # minutes on two CPU cores
-    python cdcgan_iclevr.py                              # the full run, 700 epochs, one GPU
+    python cdcgan_iclevr.py --quick                      # recipe r3gan, minutes on two CPU cores
+    python cdcgan_iclevr.py                              # the paper's recipe, 700 epochs, one GPU
     python cdcgan_iclevr.py --smooth-labels              # or --flip-labels 0.05, --d-cond projection
     python cdcgan_iclevr.py --resume runs/cdcgan_iclevr  # continue; --sample and --eval take a run too
 
 Results, with commands and hardware: results/README.md.
 """
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -22,21 +24,23 @@ from torch import nn
 
 import evaluator
 from common import losses
-from common.blocks import Average, frozen, init_dcgan, moved, multi_hot
-from common.cli import Settings
-from common.datasets import Batches, load_iclevr
-from common.errors import UserError
-from common.pictures import names_of, save_scenes
-from common.run import Run, launch
+from common.blocks import EMA, autocast, init_dcgan, multi_hot, no_param_grads, random_flip_translate
+from common.datasets import Batches, Data, label_sets, load_iclevr
+from common.files import UserError
+from harness import dist
+from harness.cli import Settings
+from harness.pictures import names_of, real_above_generated, save_grid
+from harness.run import Run, launch
 
 
 @dataclass
 class Config(Settings):
+    recipe: Literal["paper", "r3gan"] = "paper"  # method; r3gan learns the labels several times faster
     iters: int = 98_000  # iterations; one is a step of D and one of G; 140 are an epoch of i-CLEVR
-    batch_size: int = 128  # images a step
+    batch_size: int = 128  # images per step
     lr_g: float = 2e-4  # Adam's learning rate for G
-    lr_d: float = 1e-4  # Adam's learning rate for D; with equal rates D won, says the write-up
-    halve_every: int = 50  # epochs after which both rates are halved, again and again; 0: never
+    lr_d: float = 1e-4  # Adam's learning rate for D; with equal rates D wins, says the reference report
+    halve_every: int = 50  # halve both learning rates every this many epochs; 0: never
     z_dim: int = 100  # dimensions of the latent z ~ N(0, I)
     ch: int = 64  # width: feature maps of the layers nearest the image
     image_size: Literal[32, 64, 128] = 64  # height and width of the images
@@ -45,28 +49,34 @@ class Config(Settings):
     n_scenes: int = 6003  # synthetic scenes, of three images each
     eval_draws: int = 10  # draws of z averaged per score
     labels: str = ""  # with --to: sets of objects, such as "red cube, blue sphere; gray cylinder"
-    d_cond: Literal["plane", "projection"] = "plane"  # labels enter D as a fourth plane, or by projection
+    d_cond: Literal["plane", "projection"] = "plane"  # labels enter D as a label map, or by projection
+    d_norm: Literal["batch", "none"] = "batch"  # D's norm
+    loss: Literal["bce", "rpgan"] = "bce"  # minimax with G's non-saturating loss, or relativistic pairing
+    gamma: float = 0.0  # γ of R1 and R2, penalties on D's gradients at real and generated images
+    aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses; 0 with plane
     smooth_labels: bool = False  # D's targets: U(0.8, 1.2) for real images, U(0, 0.2) for generated ones
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
     augment: float = 0.0  # mirror D's images at random, shift them by up to this share of their size; 0: no
-    d_norm: Literal["batch", "none"] = "batch"  # D's norm
-    loss: Literal["bce", "paired"] = "bce"  # minimax, or of pairs of a real and a generated image
-    gamma: float = 0.0  # weight of the mean of R1 and R2, D's gradients at real and generated images
-    aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses; 0 with plane
-    beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
-    beta2: float = 0.999  # and of its square's
+    beta1: float = 0.5  # Adam's β1, for both networks
+    beta2: float = 0.999  # Adam's β2
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss == "paired" and (self.smooth_labels or self.flip_labels):
+        if self.loss == "rpgan" and (self.smooth_labels or self.flip_labels):
             raise UserError("--smooth-labels and --flip-labels are for --loss bce: pairs have no targets")
         if self.d_cond == "plane" and self.aux_weight:
             raise UserError("--d-cond plane needs --aux-weight 0: D's classifier would read the labels there")
 
 
-QUICK = dict(iters=5000, batch_size=32, lr_g=1e-3, lr_d=1e-3, halve_every=0, ch=32, ema=0.998, n_scenes=4000,
-             d_cond="projection", d_norm="none", loss="paired", gamma=0.5, aux_weight=5.0, beta1=0.0,
-             beta2=0.99, log_every=50, sample_every=250, eval_every=1000, save_every=1000, judge_width=16)
+RECIPES = {
+    "paper": {},
+    "r3gan": dict(loss="rpgan", d_cond="projection", d_norm="none", gamma=0.25, aux_weight=5.0,
+                  batch_size=32, lr_g=1e-3, lr_d=1e-3, halve_every=20, beta1=0.0, beta2=0.99, ema=0.999,
+                  augment=0.0625),
+}
+QUICK = dict(recipe="r3gan", iters=5000, batch_size=32, ch=32, n_scenes=4000, judge_width=16,
+             augment=0.0,  # it pays off in long runs only
+             log_every=50, sample_every=250, eval_every=1000, save_every=1000)
 
 
 # ---------------------------------------------------------------------- networks
@@ -96,17 +106,17 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """images [B, 3, S, S], labels [B, 3] → logits [B], real or generated, and [B, n_classes], an auxiliary
-    classifier's (Odena et al. 2017); the sigmoid is in the losses.
+    """images [B, 3, S, S], labels [B, 3] → logits [B], real or generated, and the logits [B, n_classes] of an
+    auxiliary classifier (Odena et al. 2017), if there is one; the sigmoid is in the losses.
 
-    cond "plane", as in the write-up: a linear layer turns the labels into a plane [B, 1, S, S], the image's
-    fourth channel. "projection": no plane, and ⟨V y, h⟩ is added to the logits (Miyato & Koyama 2018, eq. 3).
-    All weights, the plane's too, are initialised as in the DCGAN paper.
+    cond "plane", as in the reference report: a linear layer turns the labels into a label map [B, 1, S, S], the
+    image's fourth channel. "projection": ⟨V y, h⟩ is added to the logits (Miyato & Koyama 2018, eq. 3).
     """
 
-    def __init__(self, n_classes: int, ch: int, image_size: int, cond: str, norm: str = "batch"):
+    def __init__(self, n_classes: int, ch: int, image_size: int, cond: str, norm: str, classifier: bool):
         super().__init__()
-        self.n_classes, self.plane, w = n_classes, None, widths(ch, image_size)
+        w = widths(ch, image_size)
+        self.n_classes, self.plane = n_classes, None
         if cond == "plane":
             self.plane = nn.Sequential(nn.Linear(n_classes, image_size**2),
                                        nn.Unflatten(1, (1, image_size, image_size)))
@@ -114,24 +124,23 @@ class Discriminator(nn.Module):
             self.embed = nn.Linear(n_classes, w[-1] * 4 * 4, bias=False)
 
         def down(i: int, o: int) -> list[nn.Module]:
-            act = nn.LeakyReLU(0.2)
             if norm == "none":
-                return [nn.Conv2d(i, o, 4, 2, 1), act]
-            return [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), act]
+                return [nn.Conv2d(i, o, 4, 2, 1), nn.LeakyReLU(0.2)]
+            return [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), nn.LeakyReLU(0.2)]
         layers = [layer for i, o in pairwise(w) for layer in down(i, o)]
         self.layers = nn.Sequential(nn.Conv2d(4 if self.plane else 3, ch, 4, 2, 1), nn.LeakyReLU(0.2),
                                     *layers)  # [B, ch, 32, 32], [B, 2·ch, 16, 16], …, [B, 8·ch, 4, 4]
         self.last = nn.Conv2d(w[-1], 1, 4)
-        self.classify = nn.Linear(w[-1] * 4 * 4, n_classes)
+        self.classify = nn.Linear(w[-1] * 4 * 4, n_classes) if classifier else None
         init_dcgan(self)
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         y = multi_hot(labels, self.n_classes)
         h = self.layers(torch.cat([x, self.plane(y)], 1) if self.plane else x)
         score = self.last(h).flatten()
         if not self.plane:
             score = score + (self.embed(y) * h.flatten(1)).sum(1)
-        return score, self.classify(h.flatten(1))
+        return score, self.classify(h.flatten(1)) if self.classify else None
 
 
 # ---------------------------------------------------------------------- one step of D, one of G
@@ -147,45 +156,80 @@ def targets(cfg: Config, n: int, device: torch.device) -> torch.Tensor:
     return target
 
 
-def d_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
-           labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update D with real and generated images [B, 3, S, S] of the same labels [B, 3]."""
-    real, fake = moved(real, cfg.augment), moved(fake.detach(), cfg.augment)
-    with autocast():
+def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor, y: torch.Tensor,
+           cfg: Config) -> dict[str, torch.Tensor]:
+    """Update D with real and generated images [B, 3, S, S] of the same labels [B, 3].
+
+    Reads cfg.loss, smooth_labels, flip_labels, gamma, aux_weight, precision.
+    """
+    aux_real = penalty = real.new_zeros(())
+    with autocast(real, cfg.precision):
         # two passes, because real and fake images each need their own batch-norm statistics
-        (score_real, logits), (score_fake, _) = D(real, labels), D(fake, labels)
+        (score_real, logits), (score_fake, _) = D(real, y), D(fake, y)
     score_real, score_fake = score_real.float(), score_fake.float()
-    aux_real, penalty = losses.auxiliary(logits, labels), torch.zeros((), device=real.device)
-    if cfg.loss == "paired":
-        loss = losses.paired(score_real, score_fake)
+    if cfg.aux_weight:  # the classifier learns from real images only
+        aux_real = losses.aux_classification_loss(logits, y)
+    if cfg.gamma:  # of an eighth of the batch: an unbiased estimate of the penalty, at an eighth of the cost
+        y_some = y[::8].repeat(2, 1)
+        penalty = losses.r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
+    if cfg.loss == "rpgan":
+        loss = losses.rpgan(score_real, score_fake)
     else:
         target_real, target_fake = targets(cfg, len(real), real.device)
         loss = (F.binary_cross_entropy_with_logits(score_real, target_real)
                 + F.binary_cross_entropy_with_logits(score_fake, target_fake))
-    if cfg.gamma:  # an eighth of each kind is enough
-        some, y = torch.cat([real[::8], fake[::8].float()]), labels[::8].repeat(2, 1)
-        penalty = losses.zero_centred_penalty(lambda x: D(x, y)[0], some)
     loss = loss + cfg.aux_weight * aux_real + cfg.gamma * penalty
     opt.zero_grad()
     loss.backward()
+    dist.average_gradients(opt)
     opt.step()
     return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean(),
-                aux_real=aux_real, penalty=penalty)
+                penalty=penalty, aux_real=aux_real)
 
 
-def g_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
-           labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update G by its images fake = G(z, labels), still attached to it; real ones are for pairs only."""
-    with frozen(D), autocast():
-        score, logits = D(moved(fake, cfg.augment), labels)
-        score_real = D(moved(real, cfg.augment), labels)[0].float() if cfg.loss == "paired" else None
-    score, aux_fake = score.float(), losses.auxiliary(logits, labels)
-    loss = losses.paired(score, score_real) if cfg.loss == "paired" else losses.bce_g(score)
+def g_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor, y: torch.Tensor,
+           cfg: Config) -> dict[str, torch.Tensor]:
+    """Update G by its images fake = G(z, y), still attached to it. Reads cfg.loss, aux_weight, precision.
+
+    Real images are used only by the relativistic loss. d_fake_updated: the mean of D(G(z, y)) after D's step.
+    """
+    aux_fake = real.new_zeros(())
+    with no_param_grads(D), autocast(real, cfg.precision):
+        score, logits = D(fake, y)
+        score_real = D(real, y)[0].float() if cfg.loss == "rpgan" else None
+    score = score.float()
+    if cfg.aux_weight:
+        aux_fake = losses.aux_classification_loss(logits, y)
+    loss = losses.rpgan(score, score_real) if cfg.loss == "rpgan" else losses.nonsaturating_g(score)
     loss = loss + cfg.aux_weight * aux_fake
     opt.zero_grad()
     loss.backward()
+    dist.average_gradients(opt)
     opt.step()
     return dict(g_loss=loss, d_fake_updated=score.sigmoid().mean(), aux_fake=aux_fake)
+
+
+# ---------------------------------------------------------------------- sample grids
+
+def save_pictures(ema: EMA, data: Data, run: Run) -> None:
+    """Save grids: both test lists, real above generated, each object alone."""
+    g, null = torch.Generator().manual_seed(run.cfg.seed), len(data.classes)
+
+    def save(name: str, what: str, images: torch.Tensor, y: torch.Tensor) -> None:
+        save_grid(run.folder / f"{name}.png", images, f"{run.title}: {what}", captions=names_of(y, data.classes))
+
+    for name, y in data.test_label_sets.items():
+        images = ema(torch.randn(len(y), run.cfg.z_dim, generator=g), y)
+        save(name, f"{name}.json, requested objects below each image", images, y)
+    if len(data.images):
+        index = torch.randint(len(data.images), (32,), generator=g)
+        images = ema(torch.randn(32, run.cfg.z_dim, generator=g), data.labels[index])
+        save("real_beside_generated", "training images, below each row generated ones with the same labels",
+             real_above_generated(data.images[index], images),
+             data.labels[index].view(4, 8, 3).repeat(1, 2, 1).view(64, 3))
+    y = torch.tensor([[i, null, null] for i in range(null)])
+    z = torch.randn(1, run.cfg.z_dim, generator=g).expand(null, -1)
+    save("objects", "each object alone, one z", ema(z, y), y)
 
 
 # ---------------------------------------------------------------------- training
@@ -193,54 +237,44 @@ def g_step(cfg: "Config", D: nn.Module, opt: torch.optim.Optimizer, real: torch.
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = run.get_data(load_iclevr)
-    batches = Batches(data, cfg.batch_size, cfg.seed, device)
+    batches = Batches(data, cfg.batch_size, cfg.seed, device, dist.rank(), dist.world_size())
 
     torch.manual_seed(cfg.seed)
     G = Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size)
-    D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_cond, cfg.d_norm)
+    D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_cond, cfg.d_norm,
+                      classifier=cfg.aux_weight > 0)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
-    ema = Average(G, cfg.ema)  # what is sampled and scored
-    betas = cfg.beta1, cfg.beta2
-    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, betas, fused=True)
-    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, betas, fused=True)
-    run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
-    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
-
-    title, requested = run.title(data, cfg.d_cond, f"ch {cfg.ch}"), data.tests["test"]
+    ema = EMA(G, cfg.ema)  # is sampled and scored
+    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
+    run.register(data, f"ch {cfg.ch}", G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
+    scorer = evaluator.get_scorer(run, data)
+    requested = data.test_label_sets["test"]
     fixed = torch.randn(len(requested), cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
-    sets = {"val": data.validation_sets(), **data.tests}  # "val", sets of training images, chooses best.pt
 
-    def sample(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return ema(z.to(device), labels.to(device))
+    def sample(n: int, g: torch.Generator, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ema(torch.randn(n, cfg.z_dim, generator=g), y), y
 
     for step in run.steps():
         if cfg.halve_every:
-            half = 0.5 ** ((step - 1) // batches.per_epoch // cfg.halve_every)
-            opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * half, cfg.lr_d * half
-        real, labels = batches(step - 1)
-        with run.autocast():
-            fake = G(torch.randn(len(real), cfg.z_dim, device=device), labels)
-        run.record(**d_step(cfg, D, opt_d, real, fake, labels, run.autocast))
-        run.record(**g_step(cfg, D, opt_g, real, fake, labels, run.autocast))
+            share = 0.5 ** ((step - 1) // batches.per_epoch // cfg.halve_every)
+            opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * share, cfg.lr_d * share
+        real, y = batches(step - 1)
+        with autocast(real, cfg.precision):
+            fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
+        real, fake = (random_flip_translate(x, cfg.augment) for x in (real, fake))  # as D is given them
+        run.log(**d_step(D, opt_d, real, fake.detach(), y, cfg))
+        run.log(**g_step(D, opt_g, real, fake, y, cfg))
         ema.update(step)
 
-        if run.due("sample"):
-            run.picture(sample(fixed, requested), title, captions=names_of(requested, data.classes))
-        if judge and run.due("eval"):
-            found = evaluator.score_sets(sample, cfg.z_dim, judge, sets, cfg.eval_draws, cfg.seed)
-            accuracy = {f"accuracy_{name}": found[f"accuracy {name}"][0] for name in sets}
-            run.score(best=accuracy["accuracy_val"], **accuracy)
+        if run.is_due("sample"):
+            run.log_images(ema(fixed, requested), captions=names_of(requested, data.classes))
+        if scorer and run.is_due("eval"):
+            run.log_scores(**scorer.validate(sample))
 
-    scores = {}
-    for name, step in run.checkpoints("last", "best"):  # summary and pictures are of best.pt
-        if judge:  # other z than best.pt was chosen with
-            scores[name] = {"step": step} | evaluator.score_sets(sample, cfg.z_dim, judge, data.tests,
-                                                                 cfg.eval_draws, cfg.seed + 1)
-    if run.wants_pictures:
-        save_scenes(sample, cfg, data, run.folder, f"{title}, step {step}")
-    if judge:
-        evaluator.report(run, data, judge, scores, [f"accuracy {name}" for name in data.tests])
+    sets = label_sets(cfg.labels, data.classes) if cfg.labels else data.labels  # for --to
+    evaluator.finish(run, data, scorer, sample, partial(save_pictures, ema, data, run), labels=sets)
 
 
 if __name__ == "__main__":
-    launch(main, Config, QUICK)
+    launch(main, Config, RECIPES, QUICK)

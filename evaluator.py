@@ -1,10 +1,10 @@
 """Judges and scores: do generated images show what was requested?
 
 A judge is a classifier trained on real (or synthetic) images, whose held-out accuracy is printed with every
-score. judges/ holds those of the synthetic sets and MNIST; for another set a script trains one when it first
-needs it, and so does `python benchmarks/judges.py scenes --data data/iclevr`. `--judge PATH` loads another,
-such as the i-CLEVR course's. "FD (judge)" is the Fréchet distance on a judge's features. It is not FID, see
-common/fid.py.
+score. pretrained/judges/ holds those of the synthetic sets and MNIST; for another set a script trains one
+when it first needs it, and so does `python tools/train_judge.py scenes --data data/iclevr`. `--judge PATH`
+loads another, such as the i-CLEVR course's. "FD (judge)" is the Fréchet distance of a judge's features. It is
+not FID, which common/fid.py measures.
 """
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,17 +16,18 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from common.blocks import moved, multi_hot
+from common.blocks import multi_hot, random_flip_translate
 from common.datasets import Data, to_float
-from common.errors import NotFinite, UserError, reading
-from common.fid import Inception, Moments, features, frechet_distance, load_inception
-from common.run import Run
-from common.system import write_whole
+from common.fid import FeatureStats, Inception, features, frechet_distance, load_inception
+from common.files import UserError, atomic_write, reading, write_json
+from harness.cli import NotFinite
+from harness.pictures import save_images
+from harness.run import Run
 
 JUDGES = Path("data") / "judges"  # trained here
-SHIPPED = Path(__file__).parent / "judges"  # benchmarks/judges.py makes these
-# (how many, source of randomness) → images [n, C, S, S] in [-1, 1] and their requested labels, or None
-Sampler = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor | None]]
+BUNDLED = Path(__file__).parent / "pretrained" / "judges"  # tools/train_judge.py makes these
+# (how many, source of randomness[, labels]) → images [n, C, S, S] in [-1, 1] and their labels, or None
+Sampler = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 # ---------------------------------------------------------------------- judges
@@ -66,16 +67,17 @@ class DigitNet(nn.Sequential):
 
 @dataclass
 class Kind:
-    """What a kind of data needs of its judge."""
+    """What a domain needs of its judge."""
     net: type[nn.Module]
     name: str
     features: int  # per unit of width
-    batch: int  # training images a step
+    batch: int  # batch size of its training
     mirror: bool  # train on mirrored images too
     loss: Callable  # (logits, target)
     target: Callable  # (labels, data) → what the loss takes
-    measure: Callable  # (probabilities, labels, groups) → scores; labels None: without them
+    measure: Callable  # (probabilities, labels, groups) → scores; labels may be None
     at_once: int  # images generated and scored at once
+    columns: list[str]  # of the table of scores
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Judge:
     net: nn.Module
     kind: Kind
     title: str  # "ResNet-18 of width 64, held-out accuracy 0.9872"
-    held_out: dict[str, float] | None  # its scores on images it was not trained on; None for a foreign one
+    held_out: dict[str, float] | None  # held-out scores; None for a user-supplied checkpoint
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -101,25 +103,25 @@ class Judge:
             hook.remove()
 
     @torch.no_grad()
-    def read(self, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Moments]:
-        """Probabilities [N, n_classes], on the CPU, and the features' moments. NotFinite for NaN images."""
-        probabilities, moments = [], Moments()
+    def read(self, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, FeatureStats]:
+        """Probabilities [N, n_classes], on the CPU, and statistics of the features. NotFinite for NaN images."""
+        probabilities, stats = [], FeatureStats()
         for images in batches:
             images = images.to(next(self.net.parameters()).device)
             if not images.isfinite().all():
                 raise NotFinite("the generated images are not finite numbers")
             found, vectors = self.with_features(images)
-            moments.update(vectors)
+            stats.update(vectors)
             probabilities.append(found.cpu())
-        return torch.cat(probabilities), moments
+        return torch.cat(probabilities), stats
 
-    def moments(self, images: torch.Tensor) -> Moments:
-        """Moments of the features of real images, uint8 [N, C, S, S]."""
+    def stats(self, images: torch.Tensor) -> FeatureStats:
+        """Statistics of the features of real images, uint8 [N, C, S, S]."""
         return self.read(to_float(part) for part in images.split(500))[1]
 
 
 def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
-    """The judge that cfg.judge names: "auto" (the shipped one, else as trained_judge), "none", or a path."""
+    """The judge that cfg.judge names: "auto" (the bundled one, else as trained_judge), "none", or a path."""
     if cfg.judge == "none" or not data.classes:
         if getattr(cfg, "fid_weights", "auto") not in ("auto", "none"):
             raise UserError("--fid-weights: FID is measured beside a judge's scores, and there is no judge")
@@ -128,7 +130,7 @@ def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
         return None
     path = Path(cfg.judge)
     if cfg.judge == "auto":
-        path = SHIPPED / f"{data.name.lower().replace(' ', '-')}-{data.images.shape[-1]}.pt"
+        path = BUNDLED / f"{data.name.lower().replace(' ', '-')}-{data.images.shape[-1]}.pt"
         if not fits(path, data):
             path = trained_judge(cfg, data, device)
     judge = load_judge(path, data, device)
@@ -137,29 +139,29 @@ def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
 
 
 def fits(path: Path, data: Data) -> bool:
-    """Is there such a shipped judge, of these classes and of images that the same code renders?"""
+    """True if a bundled judge at `path` matches this data's classes and renderer."""
     if not path.exists():
         return False
-    with reading(path, "a judge. Restore it: git checkout judges"):
+    with reading(path, "a judge. Restore it: git checkout pretrained"):
         content = torch.load(path, weights_only=True)
-        return content["origin"] == data.origin and content["classes"] == list(data.classes)
+        return content["origin"] == data.fingerprint and content["classes"] == list(data.classes)
 
 
 def trained_judge(cfg, data: Data, device: torch.device) -> Path:
     """The file of a judge of cfg.judge_width and judge_steps, trained on `data` once and cached."""
-    path = JUDGES / f"{data.kind}-{data.digest}-w{cfg.judge_width}-{cfg.judge_steps}.pt"
+    path = JUDGES / f"{data.domain}-{data.digest}-w{cfg.judge_width}-{cfg.judge_steps}.pt"
     if not path.is_file():
         print(f"training a judge of {data.name}, once: width {cfg.judge_width}, {cfg.judge_steps} steps")
         path.parent.mkdir(parents=True, exist_ok=True)  # an error before the training, not after it
         net = train_judge(data, cfg.judge_width, cfg.judge_steps, device)
         content = {"model": net.state_dict(), "held_out": held_out_scores(net, data), "data": data.name}
-        write_whole(path, lambda p: torch.save(content, p))
+        atomic_write(path, lambda p: torch.save(content, p))
     return path
 
 
 def load_judge(path: Path, data: Data, device: torch.device) -> Judge:
     """A judge's checkpoint, {"model": weights of the kind's network, …}, like the i-CLEVR course's."""
-    kind = KINDS[data.kind]
+    kind = KINDS[data.domain]
     with reading(path, f"a judge: under the key 'model' the weights of a {kind.name} with fc.0 a Linear"):
         content = torch.load(path, map_location=device, weights_only=True)
         state = content["model"]
@@ -181,7 +183,7 @@ def train_judge(data: Data, width: int, steps: int, device: torch.device) -> nn.
     """Train a judge on the data's training part. AdamW, one-cycle learning rate; images are shifted, noised
     and, except digits, mirrored. The global random state is left alone.
     """
-    kind, (images, labels, _, _) = KINDS[data.kind], data.split()
+    kind, (images, labels, _, _) = KINDS[data.domain], split(data)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         net = kind.net(len(data.classes), width).to(device)
@@ -212,7 +214,7 @@ def train_judge(data: Data, width: int, steps: int, device: torch.device) -> nn.
 
 def held_out_scores(net: nn.Module, data: Data) -> dict[str, float]:
     """Scores on the part held out from training. Nothing is chosen by it."""
-    kind, (_, _, images, labels) = KINDS[data.kind], data.split()
+    kind, (_, _, images, labels) = KINDS[data.domain], split(data)
     probabilities, _ = Judge(net, kind, "", None).read(to_float(x) for x in images.split(256))
     scores = kind.measure(probabilities, labels, data.groups)
     return {name: value for name, value in scores.items() if name.startswith(("accuracy", "exact"))}
@@ -226,8 +228,42 @@ def to_size(images: torch.Tensor, size: int) -> torch.Tensor:
 
 def augment(x: torch.Tensor, mirror: bool) -> torch.Tensor:
     """Shift each image by up to a sixteenth of its size, mirror it at random if wanted, add some noise."""
-    x = moved(x, 1 / 16, mirror)
+    x = random_flip_translate(x, 1 / 16, mirror)
     return x + 0.02 * torch.randn_like(x)
+
+
+# ---------------------------------------------------------------------- splits
+
+def split(data: Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Train/held-out split for the judge; for scenes, a fixed 10 % of the scenes is held out."""
+    if data.scene is None:
+        return data.images, data.labels, data.test_images, data.test_labels
+    numbers = data.scene.unique()
+    if len(numbers) < 10:
+        raise UserError(f"{data.name} has fewer than 10 scenes, too few for a judge: use --judge none")
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
+    test = torch.isin(data.scene, numbers[order[:round(len(numbers) / 10)]])
+    return data.images[~test], data.labels[~test], data.images[test], data.labels[test]
+
+
+def validation_images(data: Data) -> torch.Tensor:
+    """As many training images as there are test images: best.pt is chosen by the distance to these."""
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    return data.images[order[:len(data.test_images)]]
+
+
+def validation_sets(data: Data, n: int = 96) -> torch.Tensor:
+    """Label sets [≤ n, 3] of training scenes, up to n/3 of 1, 2, 3 objects: best.pt is chosen by these.
+
+    None is in a test list, unless all of them are.
+    """
+    g, sets = torch.Generator().manual_seed(0), data.labels.unique(dim=0)
+    tests = torch.cat([sets[:0], *data.test_label_sets.values()])
+    others = sets[~(sets[:, None] == tests).all(2).any(1)]
+    sets = others if len(others) else sets
+    count = (sets < len(data.classes)).sum(1)
+    chosen = [sets[count == k] for k in (1, 2, 3)]
+    return torch.cat([s[torch.randperm(len(s), generator=g)[:n // 3]] for s in chosen])
 
 
 # ---------------------------------------------------------------------- measures of what a judge reads
@@ -295,11 +331,12 @@ def attribute_names(data: Data) -> list[str]:
 KINDS = {
     "scenes": Kind(JudgeNet, "ResNet-18", 8, 32, True, F.binary_cross_entropy_with_logits,
                    lambda ids, data: multi_hot(ids, len(data.classes)),
-                   count_objects, 500),
+                   count_objects, 500, ["accuracy test", "accuracy new_test"]),
     "digits": Kind(DigitNet, "digit CNN", 2, 64, False, F.cross_entropy, lambda labels, _: labels,
-                   count_digits, 500),
+                   count_digits, 500, ["FD (judge)", "TV", "FID"]),
     "faces": Kind(JudgeNet, "ResNet-18", 8, 32, True, F.binary_cross_entropy_with_logits,
-                  lambda labels, _: labels, count_attributes, 250),
+                  lambda labels, _: labels, count_attributes, 250,
+                  ["FD (judge)", "accuracy", "exact", "FID"]),
 }
 
 
@@ -315,50 +352,48 @@ def over_draws(measure: Callable[[torch.Generator], dict], draws: int, seed: int
     return {key: mean_std([run[key] for run in runs]) for key in runs[0]}
 
 
+def mean_std(values: list) -> tuple:
+    """Mean and standard deviation over the first axis, as numbers or lists; of one value the latter is 0."""
+    values = torch.as_tensor(values) if not isinstance(values[0], torch.Tensor) else torch.stack(values)
+    std = values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
+    return values.mean(0).tolist(), std.tolist()
+
+
 def score(sample: Sampler, judge: Judge, n: int, draws: int, seed: int, groups: tuple = (),
-          real: Moments | None = None) -> dict[str, tuple]:
-    """Score n generated images per draw: what the judge's kind measures and, with `real`, "FD (judge)"."""
+          real: FeatureStats | None = None, labels: torch.Tensor | None = None) -> dict[str, tuple]:
+    """Score n generated images per draw: the measure of the judge's domain and, with `real`, "FD (judge)".
+
+    labels [n, …]: the labels to generate, else sample draws them.
+    """
     def once(g: torch.Generator) -> dict:
-        labels = []
+        requested = []
 
         def images() -> Iterator[torch.Tensor]:
-            for i in range(0, n, judge.kind.at_once):
-                x, y = sample(min(judge.kind.at_once, n - i), g)
-                labels.append(y)
+            for part in torch.arange(n).split(judge.kind.at_once):
+                x, y = sample(len(part), g) if labels is None else sample(len(part), g, labels[part])
+                requested.append(y)
                 yield x
-        probabilities, moments = judge.read(images())
-        requested = None if labels[0] is None else torch.cat(labels).cpu()
-        found = {"FD (judge)": distance(real, moments)} if real else {}
-        return found | judge.kind.measure(probabilities, requested, groups)
+        probabilities, stats = judge.read(images())
+        y = None if requested[0] is None else torch.cat(requested).cpu()
+        found = {"FD (judge)": distance(real, stats)} if real else {}
+        return found | judge.kind.measure(probabilities, y, groups)
     return over_draws(once, draws, seed)
 
 
-def score_sets(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], z_dim: int, judge: Judge,
-               sets: dict[str, torch.Tensor], draws: int, seed: int) -> dict[str, tuple]:
-    """Score images made for each list of label sets, {name: labels [N, 3]}, as `score` does.
-
-    sample(z [N, z_dim], labels [N, 3]) → images [N, 3, H, W] in [-1, 1]. Returns {"accuracy NAME": (mean, std
-    over draws), "exact NAME": …}, with the scores of count_objects.
-    """
-    results = {}
-    for name, labels in sets.items():
-        left = list(labels.split(judge.kind.at_once)) * draws
-
-        def make(n: int, g: torch.Generator, left=left) -> tuple[torch.Tensor, torch.Tensor]:
-            part = left.pop(0)
-            return sample(torch.randn(n, z_dim, generator=g), part), part
-        found = score(make, judge, len(labels), draws, seed)
-        results |= {f"{measure} {name}": value for measure, value in found.items()}
-    return results
+def score_sets(sample: Sampler, judge: Judge, sets: dict[str, torch.Tensor], draws: int,
+               seed: int) -> dict[str, tuple]:
+    """Score images of each list of label sets, {name: labels [N, 3]}: {"accuracy NAME": (mean, std), …}."""
+    return {f"{measure} {name}": value for name, labels in sets.items()
+            for measure, value in score(sample, judge, len(labels), draws, seed, labels=labels).items()}
 
 
-def distance(a: Moments, b: Moments) -> float:
+def distance(a: FeatureStats, b: FeatureStats) -> float:
     """Fréchet distance of two sets of features; FID if they are those of FID's network."""
     return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def get_inception(weights: str, device: torch.device) -> Inception | None:
-    """FID's network as --fid-weights names it; None, with a line that says why, if "auto" can't have it."""
+    """Load FID's Inception per --fid-weights; with "auto", return None (and say why) if unavailable."""
     if weights == "none" or weights == "auto" and device.type == "cpu":
         if weights == "auto":
             print("FID: not measured on a CPU unless --fid-weights names the file of its network")
@@ -379,34 +414,99 @@ def score_fid(sample: Sampler, net: Inception, real: torch.Tensor, n: int, draws
     device = net.fc.weight.device
 
     def once(g: torch.Generator) -> dict:
-        fake = Moments(features(net, (sample(min(100, n - i), g)[0] for i in range(0, n, 100))))
+        fake = FeatureStats(features(net, (sample(min(100, n - i), g)[0] for i in range(0, n, 100))))
         return {"FID": distance(reference, fake)}
 
     if len(real) < 2048:
         print(f"FID of {len(real):,} real images, fewer than 2,048, is biased: compare equal numbers only")
-    reference = Moments(features(net, (part.to(device) for part in real.split(100))))
+    reference = FeatureStats(features(net, (part.to(device) for part in real.split(100))))
     return over_draws(once, draws, seed)["FID"]
 
 
-def mean_std(values: list) -> tuple:
-    """Mean and standard deviation over the first axis, as numbers or lists; of one value the latter is 0."""
-    values = torch.as_tensor(values) if not isinstance(values[0], torch.Tensor) else torch.stack(values)
-    std = values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
-    return values.mean(0).tolist(), std.tolist()
+class Scorer:
+    """Scores a script's samples: validate() chooses best.pt by training data, test() is what is reported."""
+
+    def __init__(self, cfg, data: Data, judge: Judge, inception: Inception | None):
+        self.cfg, self.data, self.judge, self.inception = cfg, data, judge, inception
+        if data.domain == "scenes":
+            self.validation, self.test_stats = {"val": validation_sets(data), **data.test_label_sets}, None
+        else:
+            self.validation = judge.stats(validation_images(data))
+            self.test_stats = judge.stats(data.test_images)
+
+    def validate(self, sample: Sampler) -> dict[str, float]:
+        """What run.log_scores takes: "best", and columns of metrics.csv."""
+        cfg, judge = self.cfg, self.judge
+        if self.data.domain == "scenes":  # only "val" chooses: the test lists are for the curves
+            found = score_sets(sample, judge, self.validation, cfg.eval_draws, cfg.seed)
+            columns = {f"accuracy_{name}": found[f"accuracy {name}"][0] for name in self.validation}
+            return {"best": columns["accuracy_val"], **columns}
+        found = score(sample, judge, cfg.eval_images, 1, cfg.seed, self.data.groups, self.validation)
+        columns = {"fd_judge": "FD (judge)", "tv_digits": "TV", "accuracy": "accuracy"}
+        columns = {name: found[key][0] for name, key in columns.items() if key in found}
+        return {"best": -columns["fd_judge"], **columns}
+
+    def test(self, sample: Sampler, fid: bool = True) -> dict[str, tuple]:
+        """The scores to report, by held-out images or test lists, with other z than best.pt was chosen with."""
+        options = dict(draws=self.cfg.eval_draws, seed=self.cfg.seed + 1)
+        if self.data.domain == "scenes":
+            return score_sets(sample, self.judge, self.data.test_label_sets, **options)
+        options["n"] = self.cfg.eval_images
+        found = score(sample, self.judge, groups=self.data.groups, real=self.test_stats, **options)
+        if self.inception and fid:
+            found["FID"] = score_fid(sample, self.inception, self.data.test_images, **options)
+        return found
+
+
+def get_scorer(run: Run, data: Data) -> Scorer | None:
+    """The run's scorer; None for --sample, without labels, and with --judge none."""
+    judge = get_judge(run.cfg, data, run.device) if run.wants_scores else None
+    weights = getattr(run.cfg, "fid_weights", "none")
+    return judge and Scorer(run.cfg, data, judge, get_inception(weights, run.device))
+
+
+# ---------------------------------------------------------------------- the end of every run
+
+def finish(run: Run, data: Data, scorer: Scorer | None, sample: Sampler, save_pictures: Callable[[], None],
+           shown: str = "best", labels: torch.Tensor | None = None, columns: list[str] | None = None,
+           references: dict[str, Sampler] | None = None, more: Callable[[], dict] = dict) -> dict[str, dict]:
+    """Score last.pt and best.pt, save pictures of the one that is `shown`, report; returns all scores.
+
+    labels: those of single images (--to), in turn. references: samplers of real images, scored as a scale.
+    more(): further scores of the loaded checkpoint. The summary in scores.json is of the shown checkpoint.
+    """
+    if not run.is_main:
+        return {}
+    names = [name for name in ("last", "best") if (run.folder / f"{name}.pt").exists()]
+    if not names:
+        raise UserError(f"{run.folder} has no checkpoint yet: continue it with --resume")
+    scores = {name: scorer.test(real, fid=False) for name, real in (references or {}).items() if scorer}
+    for name in sorted(names, key=lambda name: name == shown)[-2 if scorer else -1:]:  # the shown one last
+        step = run.load(name)["step"]
+        if scorer:
+            scores[name] = {"step": step} | scorer.test(sample) | more()
+    run.title += f", step {step}"
+    if run.cfg.to:
+        save_images(sample, run.cfg, data.classes, labels)
+    elif run.wants_pictures:
+        save_pictures()
+    if scorer:
+        report(run, data, scorer.judge, scores, columns or scorer.judge.kind.columns)
+    return scores
 
 
 def report(run: Run, data: Data, judge: Judge, scores: dict[str, dict], columns: list[str]) -> None:
     """Print the columns of scores {row: {score: (mean, std)}} as a table; write all of them to scores.json.
 
-    Its "summary" is the last row's columns: that of the checkpoint loaded last, which pictures show, too.
+    Its "summary" is the last row's columns.
     """
     cfg, images = run.cfg, ""
-    about = {"data": data.name, "judge": judge.title, "judge_held_out": judge.held_out,
+    about = {"data": data.name, "recipe": run.recipe, "judge": judge.title, "judge_held_out": judge.held_out,
              "draws": cfg.eval_draws, "seed": run.trained_seed}
     if data.test_images is not None:
         about |= {"n_real": len(data.test_images), "n_fake": cfg.eval_images}
         images = f"{cfg.eval_images:,} generated and {len(data.test_images):,} held-out images, "
-    print(f"\n{run.folder}: {data.name}, {images}{cfg.eval_draws} draws of z; judge: {judge.title}")
+    print(f"\n{run.folder}: {data.name}, {run.recipe}, {images}{cfg.eval_draws} draws of z; judge: {judge.title}")
     rows = {f"{name}.pt (step {row['step']})" if "step" in row else name: row for name, row in scores.items()}
     columns = [c for c in columns if any(c in row for row in rows.values())]
     first = max(map(len, rows)) + 2
@@ -420,4 +520,4 @@ def report(run: Run, data: Data, judge: Judge, scores: dict[str, dict], columns:
         for k, attribute in enumerate(about["attributes"]):
             print(f"{attribute:<36}" + "".join(f"{s['by attribute'][0][k]:10.4f}" for s in scores.values()))
     summary = {c: row[c] for c in columns if c in row}
-    run.write_scores(about | scores | {"summary": summary})
+    write_json(run.folder / "scores.json", about | scores | {"summary": summary})

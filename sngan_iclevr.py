@@ -1,18 +1,20 @@
 """SNGAN with a projection discriminator on i-CLEVR: images of one to three requested objects.
 
-Spectral norm: Miyato et al. 2018; projection: Miyato & Koyama 2018. --quick has a plain D without norm, pairs
-and zero-centred penalties instead (Huang et al. 2024), which learn the labels several times faster.
+Spectral norm: Miyato et al. 2018; projection: Miyato & Koyama 2018. --recipe r3gan learns the labels several
+times faster: no norm in D, the relativistic pairing loss with R1 and R2 penalties (Huang et al. 2024), and an
+auxiliary classifier (Odena et al. 2017).
 
-    python sngan_iclevr.py --quick                     # minutes on two CPU cores
-    python sngan_iclevr.py --iters 30000               # the full run, one GPU
+    python sngan_iclevr.py --quick                     # recipe r3gan, minutes on two CPU cores
+    python sngan_iclevr.py --iters 30000               # the paper's recipe at full size, one GPU
+    python sngan_iclevr.py --recipe r3gan              # the other recipe at full size
     python sngan_iclevr.py --resume runs/sngan_iclevr  # continue; --sample and --eval take a run too
 
 Results, with commands and hardware: results/README.md.
 """
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -23,17 +25,19 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import evaluator
 from common import losses
-from common.blocks import Average, frozen, moved, normed_once
-from common.cli import Settings
-from common.datasets import Batches, load_iclevr
-from common.pictures import names_of, save_scenes
-from common.run import Run, launch
+from common.blocks import EMA, autocast, cached_spectral_norm, no_param_grads, random_flip_translate
+from common.datasets import Batches, Data, label_sets, load_iclevr
+from harness import dist
+from harness.cli import Settings
+from harness.pictures import names_of, real_above_generated, save_grid
+from harness.run import Run, launch
 
 
 @dataclass
 class Config(Settings):
+    recipe: Literal["paper", "r3gan"] = "paper"  # method; r3gan learns the labels several times faster
     iters: int = 30_000  # iterations; one is n_dis steps of D and one of G
-    batch_size: int = 64  # images a step
+    batch_size: int = 64  # images per step
     lr_g: float = 3e-4  # Adam's learning rate for G
     lr_d: float = 1e-4  # Adam's learning rate for D
     n_dis: int = 4  # D steps before each G step
@@ -45,29 +49,37 @@ class Config(Settings):
     n_scenes: int = 6003  # synthetic scenes, of three images each
     eval_draws: int = 10  # draws of z averaged per score
     labels: str = ""  # with --to: sets of objects, such as "red cube, blue sphere; gray cylinder"
-    d_net: Literal["resnet", "cnn"] = "resnet"  # D: the write-up's residual blocks, or strided convolutions
+    d_net: Literal["resnet", "cnn"] = "resnet"  # D: residual blocks, or strided convolutions
     d_norm: Literal["spectral", "none"] = "spectral"  # norm of D's weights
-    label_embed: Literal["linear", "sum"] = "linear"  # how D combines an image's label vectors
-    loss: Literal["hinge", "relativistic", "paired"] = "hinge"  # relativistic: to the other kind's mean score
-    gamma: float = 0.0  # weight of the mean of R1 and R2, D's gradients at real and generated images
+    label_embed: Literal["linear", "sum"] = "linear"  # how D joins an image's label vectors
+    loss: Literal["hinge", "rahinge", "rpgan"] = "hinge"  # hinge, relativistic average hinge, or pairing loss
+    gamma: float = 0.0  # γ of R1 and R2, penalties on D's gradients at real and generated images
     aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses
-    beta1: float = 0.5  # Adam's decay rate of the gradient's mean, for both networks
-    beta2: float = 0.999  # and of its square's
+    beta1: float = 0.5  # Adam's β1, for both networks
+    beta2: float = 0.999  # Adam's β2
     add_noise: bool = True  # add U(0, 1/128) to the images D is given
     augment: float = 0.0  # mirror D's images at random, shift them by up to this share of their size; 0: no
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
-    lr_decay_from: int = 0  # iteration from which both rates fall linearly to 0 at the last; 0: never
+    lr_decay_from: float = 0.0  # iteration (below 1: share of --iters) from which rates fall to 0; 0: never
 
 
-QUICK = dict(iters=3600, batch_size=32, lr_g=1e-3, lr_d=1e-3, n_dis=1, ch=16, ema=0.998, n_scenes=4000,
-             d_net="cnn", d_norm="none", label_embed="sum", loss="paired", gamma=0.5, aux_weight=5.0,
-             beta1=0.0, beta2=0.99, log_every=50, sample_every=200, eval_every=600, judge_width=16)
+RECIPES = {
+    "paper": {},
+    "r3gan": dict(loss="rpgan", d_net="cnn", d_norm="none", label_embed="sum", gamma=0.25, aux_weight=5.0,
+                  n_dis=1, batch_size=32, z_dim=64, lr_g=8e-4, lr_d=8e-4, lr_decay_from=0.5, beta1=0.0,
+                  beta2=0.99, augment=0.0625),
+}
+QUICK = dict(recipe="r3gan", iters=3600, batch_size=32, ch=16, n_scenes=4000, judge_width=16,
+             augment=0.0, lr_decay_from=0.0,  # they pay off in long runs only
+             log_every=50, sample_every=200, eval_every=600)
 
 
 # ---------------------------------------------------------------------- networks
 
 def init_xavier(module: nn.Module, gain: float = 1.0) -> nn.Module:
-    """Xavier-uniform weight, zero bias (Miyato & Koyama 2018). After spectral_norm it would be lost."""
+    """Xavier-uniform weight, zero bias (Miyato & Koyama 2018). Call it before spectral_norm, which
+    re-parametrises the weight.
+    """
     nn.init.xavier_uniform_(module.weight, gain)
     if getattr(module, "bias", None) is not None:
         nn.init.zeros_(module.bias)
@@ -79,16 +91,12 @@ def residual_conv(i: int, o: int, kernel: int) -> nn.Conv2d:
     return init_xavier(nn.Conv2d(i, o, kernel, padding=kernel // 2), math.sqrt(2) if kernel > 1 else 1.0)
 
 
-class SetEmbedding(nn.Embedding):
+def set_embedding(n_classes: int, dim: int) -> nn.EmbeddingBag:
     """Class ids [B, K] → the sum of their vectors [B, dim]; the null id `n_classes` adds exactly 0."""
-
-    def __init__(self, n_classes: int, dim: int, std: float = 0.1):
-        super().__init__(n_classes + 1, dim, padding_idx=n_classes)
-        nn.init.normal_(self.weight, 0, std)
-        nn.init.zeros_(self.weight[n_classes])
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(ids).sum(1)
+    embed = nn.EmbeddingBag(n_classes + 1, dim, mode="sum", padding_idx=n_classes)
+    nn.init.normal_(embed.weight, 0, 0.1)
+    nn.init.zeros_(embed.weight[n_classes])
+    return embed
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -101,7 +109,7 @@ class ConditionalBatchNorm(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, affine=False)
         self.gamma, self.beta = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.gain, self.bias = SetEmbedding(n_classes, channels), SetEmbedding(n_classes, channels)
+        self.gain, self.bias = set_embedding(n_classes, channels), set_embedding(n_classes, channels)
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W], ids [B, K] → [B, C, H, W]"""
@@ -129,7 +137,7 @@ class UpBlock(nn.Module):
 class DownBlock(nn.Module):
     """Residual block of D, [B, i, H, W] → [B, o, H/2, W/2] (Miyato & Koyama 2018, fig. 14 c).
 
-    first: it takes an image, and has no activation before its first convolution. norm: of each layer.
+    first: the input is an image, so there is no activation before the first convolution. norm wraps each layer.
     """
 
     def __init__(self, i: int, o: int, norm: Callable[[nn.Module], nn.Module], first: bool = False):
@@ -171,16 +179,17 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """images [B, 3, S, S], labels [B, 3] → scores [B], ψ(h) + ⟨labels, h⟩ (Miyato & Koyama 2018, eq. 3), and
-    the auxiliary classifier's logits [B, n_classes] (Odena et al. 2017).
+    the logits [B, n_classes] of an auxiliary classifier (Odena et al. 2017), if there is one.
 
-    net "resnet": features h summed over space, as in the write-up; "cnn": flattened. norm "spectral": on all
-    layers but the one that combines the label vectors, as in the write-up.
+    net "resnet": features h summed over space; "cnn": flattened. norm "spectral": on all layers but the one
+    that joins the label vectors, as in the reference report.
     """
 
-    def __init__(self, n_classes: int, ch: int, image_size: int, net: str, norm: str, label_embed: str):
+    def __init__(self, n_classes: int, ch: int, image_size: int, net: str, norm: str, label_embed: str,
+                 classifier: bool):
         super().__init__()
         w, self.net = widths(ch, image_size), net
-        normed = spectral_norm if norm == "spectral" else nn.Identity()  # which returns its input
+        normed = spectral_norm if norm == "spectral" else lambda layer: layer
         if net == "resnet":  # [B, ch, S/2, S/2], [B, 2·ch, S/4, S/4], … [B, 16·ch, S/32, S/32]
             layers = [DownBlock(i, o, normed, first=i == 3) for i, o in pairwise([3, *w])]
         else:  # [B, ch, S/2, S/2], … [B, 8·ch, 4, 4]
@@ -188,7 +197,8 @@ class Discriminator(nn.Module):
             for i, o in pairwise([3, *w[:-1]]):
                 conv = init_xavier(nn.Conv2d(i, o, 4, 2, 1), math.sqrt(2))
                 layers += [normed(conv), nn.LeakyReLU(0.2)]
-        self.layers, features = nn.Sequential(*layers), w[-1] if net == "resnet" else w[-2] * 4 * 4
+        features = w[-1] if net == "resnet" else w[-2] * 4 * 4
+        self.layers = nn.Sequential(*layers)
         self.linear = normed(init_xavier(nn.Linear(features, 1)))
         embed = init_xavier(nn.Embedding(n_classes + 1, features, padding_idx=n_classes))
         nn.init.zeros_(embed.weight[n_classes])  # the null class: a zero vector, and no gradient
@@ -196,77 +206,100 @@ class Discriminator(nn.Module):
         self.join = None
         if label_embed == "linear":  # without bias, so that a null label adds exactly zero to the score
             self.join = init_xavier(nn.Linear(3 * features, features, bias=False))
-        self.classify = normed(init_xavier(nn.Linear(features, n_classes)))
+        self.classify = normed(init_xavier(nn.Linear(features, n_classes))) if classifier else None
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         h = self.layers(x)
         h = F.leaky_relu(h).sum((2, 3)) if self.net == "resnet" else h.flatten(1)
         y = self.embed(labels)  # [B, 3, features]
         y = self.join(y.flatten(1)) if self.join is not None else y.sum(1)
-        return self.linear(h)[:, 0] + (y * h).sum(1), self.classify(h)
+        return self.linear(h)[:, 0] + (y * h).sum(1), self.classify(h) if self.classify else None
 
 
 # ---------------------------------------------------------------------- one step of D, one of G
 
-def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
-           labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update D with real images [B, 3, S, S] and generated ones of the same labels [B, 3]."""
-    penalty = torch.zeros((), device=real.device)
-    with normed_once(D):
-        with autocast():
-            with torch.no_grad():
-                fake = G(torch.randn(len(real), cfg.z_dim, device=real.device), labels)
-            # D has no batch norm, so real and fake images share one pass
-            images = perturbed(torch.cat([real, fake]), cfg.add_noise, cfg.augment)
-            scores, logits = D(images, labels.repeat(2, 1))
+ADVERSARIAL = {"hinge": losses.hinge_d, "rahinge": losses.rahinge, "rpgan": losses.rpgan}
+
+
+def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor, y: torch.Tensor,
+           cfg: Config) -> dict[str, torch.Tensor]:
+    """Update D with real and generated images [B, 3, S, S] of the same labels [B, 3].
+
+    Reads cfg.loss, flip_labels, gamma, aux_weight, precision.
+    """
+    aux_real = penalty = real.new_zeros(())
+    with cached_spectral_norm(D):
+        with autocast(real, cfg.precision):  # D has no batch norm, so real and fake images share one pass
+            scores, logits = D(torch.cat([real, fake]), y.repeat(2, 1))
         score_real, score_fake = scores.float().chunk(2)
-        aux_real = losses.auxiliary(logits[:len(real)], labels)  # it learns from real images alone
-        if cfg.gamma:  # an eighth of each kind is enough
-            some, y = torch.cat([part[::8] for part in images.chunk(2)]), labels[::8].repeat(2, 1)
-            penalty = losses.zero_centred_penalty(lambda x: D(x, y)[0], some.float())
-    loss = adversarial(cfg.loss, score_real, score_fake, cfg.flip_labels)
+        if cfg.aux_weight:  # the classifier learns from real images only
+            aux_real = losses.aux_classification_loss(logits[:len(real)], y)
+        if cfg.gamma:  # of an eighth of the batch: an unbiased estimate of the penalty, at an eighth of the cost
+            y_some = y[::8].repeat(2, 1)
+            penalty = losses.r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
+    if cfg.flip_labels:  # swap the targets of some pairs of a real and a generated image
+        swap = torch.rand(len(real), device=real.device) < cfg.flip_labels
+        score_real, score_fake = score_real.where(~swap, score_fake), score_fake.where(~swap, score_real)
+    loss = ADVERSARIAL[cfg.loss](score_real, score_fake)
     loss = loss + cfg.aux_weight * aux_real + cfg.gamma * penalty
     opt.zero_grad()
     loss.backward()
+    dist.average_gradients(opt)
     opt.step()
     return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean(), penalty=penalty,
                 aux_real=aux_real)
 
 
-def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
-           labels: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update G; real images [B, 3, S, S] are needed by the losses that compare scores only."""
-    with frozen(D), normed_once(D), autocast():
-        fake = G(torch.randn(len(real), cfg.z_dim, device=real.device), labels)
-        score, logits = D(perturbed(fake, cfg.add_noise, cfg.augment), labels)
-        if cfg.loss != "hinge":
-            score_real = D(perturbed(real, cfg.add_noise, cfg.augment), labels)[0].float()
-    score, aux_fake = score.float(), losses.auxiliary(logits, labels)
-    loss = losses.hinge_g(score) if cfg.loss == "hinge" else adversarial(cfg.loss, score, score_real)
+def g_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor, y: torch.Tensor,
+           cfg: Config) -> dict[str, torch.Tensor]:
+    """Update G by its images fake = G(z, y), still attached to it. Reads cfg.loss, aux_weight, precision.
+
+    Real images are used only by the relativistic losses.
+    """
+    aux_fake = real.new_zeros(())
+    with no_param_grads(D), cached_spectral_norm(D), autocast(real, cfg.precision):
+        score, logits = D(fake, y)
+        score_real = D(real, y)[0].float() if cfg.loss != "hinge" else None
+    score = score.float()
+    if cfg.aux_weight:
+        aux_fake = losses.aux_classification_loss(logits, y)
+    # G's hinge loss is -E[D(G(z))] (Miyato et al. 2018, eq. 17); the relativistic ones swap their arguments
+    loss = -score.mean() if cfg.loss == "hinge" else ADVERSARIAL[cfg.loss](score, score_real)
     loss = loss + cfg.aux_weight * aux_fake
     opt.zero_grad()
     loss.backward()
+    dist.average_gradients(opt)
     opt.step()
     return dict(g_loss=loss, aux_fake=aux_fake)
 
 
-def adversarial(loss: str, first: torch.Tensor, second: torch.Tensor, flip: float = 0.0) -> torch.Tensor:
-    """D's loss of the scores [B] of real and generated images; G's, if it compares scores, of both swapped.
-
-    "relativistic": scores relative to the other kind's mean (Jolicoeur-Martineau 2018, section 4.2.1).
-    """
-    if loss == "relativistic":
-        first, second = first - second.mean(), second - first.mean()
-    if flip:  # a negated score has the hinge of the other target; pairs are swapped as such
-        swapped = torch.rand(1 if loss == "paired" else 2, len(first), device=first.device) < flip
-        first, second = torch.where(swapped, -1, 1) * torch.stack([first, second])
-    return losses.paired(first, second) if loss == "paired" else losses.hinge_d(first, second)
-
-
-def perturbed(x: torch.Tensor, add_noise: bool, augment: float = 0.0) -> torch.Tensor:
+def augment(x: torch.Tensor, cfg: Config) -> torch.Tensor:
     """The images [B, 3, S, S] as D is given them. Their colours stay: the labels name them."""
-    x = moved(x, augment)
-    return x + torch.rand_like(x) / 128 if add_noise else x
+    x = random_flip_translate(x.float(), cfg.augment)
+    return x + torch.rand_like(x) / 128 if cfg.add_noise else x
+
+
+# ---------------------------------------------------------------------- sample grids
+
+def save_pictures(ema: EMA, data: Data, run: Run) -> None:
+    """Save grids: both test lists, real above generated, each object alone."""
+    g, null = torch.Generator().manual_seed(run.cfg.seed), len(data.classes)
+
+    def save(name: str, what: str, images: torch.Tensor, y: torch.Tensor) -> None:
+        save_grid(run.folder / f"{name}.png", images, f"{run.title}: {what}", captions=names_of(y, data.classes))
+
+    for name, y in data.test_label_sets.items():
+        images = ema(torch.randn(len(y), run.cfg.z_dim, generator=g), y)
+        save(name, f"{name}.json, requested objects below each image", images, y)
+    if len(data.images):
+        index = torch.randint(len(data.images), (32,), generator=g)
+        images = ema(torch.randn(32, run.cfg.z_dim, generator=g), data.labels[index])
+        save("real_beside_generated", "training images, below each row generated ones with the same labels",
+             real_above_generated(data.images[index], images),
+             data.labels[index].view(4, 8, 3).repeat(1, 2, 1).view(64, 3))
+    y = torch.tensor([[i, null, null] for i in range(null)])
+    z = torch.randn(1, run.cfg.z_dim, generator=g).expand(null, -1)
+    save("objects", "each object alone, one z", ema(z, y), y)
 
 
 # ---------------------------------------------------------------------- training
@@ -274,54 +307,45 @@ def perturbed(x: torch.Tensor, add_noise: bool, augment: float = 0.0) -> torch.T
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = run.get_data(load_iclevr)
-    batches = Batches(data, cfg.batch_size, cfg.seed, device)
+    batches = Batches(data, cfg.batch_size, cfg.seed, device, dist.rank(), dist.world_size())
 
     torch.manual_seed(cfg.seed)
     G = Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size)
-    D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_net, cfg.d_norm, cfg.label_embed)
+    D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_net, cfg.d_norm, cfg.label_embed,
+                      classifier=cfg.aux_weight > 0)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
-    ema = Average(G, cfg.ema)  # what is sampled and scored
+    ema = EMA(G, cfg.ema)  # is sampled and scored
     opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
     opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
-    run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
-    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
-
-    title, requested = run.title(data, f"ch {cfg.ch}"), data.tests["test"]
+    run.register(data, f"ch {cfg.ch}", G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
+    scorer = evaluator.get_scorer(run, data)
+    requested = data.test_label_sets["test"]
     fixed = torch.randn(len(requested), cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
-    sets = {"val": data.validation_sets(), **data.tests}  # "val", sets of training images, chooses best.pt
 
-    def sample(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return ema(z.to(device), labels.to(device))
+    def sample(n: int, g: torch.Generator, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ema(torch.randn(n, cfg.z_dim, generator=g), y), y
 
-    if cfg.lr_decay_from and run.trains:
-        print(f"learning rates fall from iteration {cfg.lr_decay_from:,} on, to 0 at --iters {cfg.iters:,}")
+    decay_from = cfg.lr_decay_from * (cfg.iters if cfg.lr_decay_from < 1 else 1)
     for step in run.steps():
-        if cfg.lr_decay_from and step > cfg.lr_decay_from:
-            left = (cfg.iters - step + 1) / (cfg.iters - cfg.lr_decay_from)
-            opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * left, cfg.lr_d * left
-        for k in range(cfg.n_dis):
-            real, labels = batches((step - 1) * cfg.n_dis + k)
-            run.record(**d_step(cfg, G, D, opt_d, real, labels, run.autocast))
-        run.record(**g_step(cfg, G, D, opt_g, real, labels, run.autocast))
+        left = (cfg.iters - step + 1) / (cfg.iters - decay_from) if 0 < decay_from < step else 1
+        opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * left, cfg.lr_d * left
+        for k in range(cfg.n_dis):  # each step of D has its own images; G's step shares the last ones
+            real, y = batches((step - 1) * cfg.n_dis + k)
+            with autocast(real, cfg.precision):
+                fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
+            real, fake = augment(real, cfg), augment(fake, cfg)
+            run.log(**d_step(D, opt_d, real, fake.detach(), y, cfg))
+        run.log(**g_step(D, opt_g, real, fake, y, cfg))
         ema.update(step)
 
-        if run.due("sample"):
-            run.picture(sample(fixed, requested), title, captions=names_of(requested, data.classes))
-        if judge and run.due("eval"):
-            found = evaluator.score_sets(sample, cfg.z_dim, judge, sets, cfg.eval_draws, cfg.seed)
-            accuracy = {f"accuracy_{name}": found[f"accuracy {name}"][0] for name in sets}
-            run.score(best=accuracy["accuracy_val"], **accuracy)
+        if run.is_due("sample"):
+            run.log_images(ema(fixed, requested), captions=names_of(requested, data.classes))
+        if scorer and run.is_due("eval"):
+            run.log_scores(**scorer.validate(sample))
 
-    scores = {}
-    for name, step in run.checkpoints("last", "best"):  # summary and pictures are of best.pt
-        if judge:  # other z than best.pt was chosen with
-            scores[name] = {"step": step} | evaluator.score_sets(sample, cfg.z_dim, judge, data.tests,
-                                                                 cfg.eval_draws, cfg.seed + 1)
-    if run.wants_pictures:
-        save_scenes(sample, cfg, data, run.folder, f"{title}, step {step}")
-    if judge:
-        evaluator.report(run, data, judge, scores, [f"accuracy {name}" for name in data.tests])
+    sets = label_sets(cfg.labels, data.classes) if cfg.labels else data.labels  # for --to
+    evaluator.finish(run, data, scorer, sample, partial(save_pictures, ema, data, run), labels=sets)
 
 
 if __name__ == "__main__":
-    launch(main, Config, QUICK)
+    launch(main, Config, RECIPES, QUICK)

@@ -1,4 +1,4 @@
-"""What scripts share: spectral norm once per update, an initialisation, the average of G, moved images."""
+"""Shared building blocks: cached spectral norm, DCGAN initialisation, EMA, random flips and shifts."""
 import contextlib
 import copy
 
@@ -7,9 +7,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 
+def autocast(x: torch.Tensor, precision: str) -> torch.autocast:
+    """Autocast to bf16 on the tensor's device when `precision` is "bf16"; a no-op otherwise."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 @contextlib.contextmanager
-def normed_once(net: nn.Module):
-    """Within, each spectral-normed weight of `net` is computed once, in fp32, for all forward passes.
+def cached_spectral_norm(net: nn.Module):
+    """Compute each spectral-normed weight of `net` once, in fp32, for all forward passes in this context.
 
     Otherwise every forward pass makes a power iteration of its own, and under autocast makes it in bf16.
     Enter it anew after each update of the weights, and outside of autocast.
@@ -22,8 +27,8 @@ def normed_once(net: nn.Module):
 
 
 @contextlib.contextmanager
-def frozen(*nets: nn.Module):
-    """Within, forward passes record no gradients for the nets' own weights: G's step does not need D's."""
+def no_param_grads(*nets: nn.Module):
+    """Record no gradients for the nets' own weights in this context: G's step does not need D's."""
     together = nn.ModuleList(nets).requires_grad_(False)
     try:
         yield
@@ -31,8 +36,8 @@ def frozen(*nets: nn.Module):
         together.requires_grad_(True)
 
 
-class Average:
-    """EMA of G's weights and batch-norm statistics, to sample from: eval mode, no gradients; decay 0: G."""
+class EMA:
+    """Exponential moving average of G's weights and batch-norm statistics, in eval mode; decay 0 copies G."""
 
     def __init__(self, G: nn.Module, decay: float):
         self.net, self.decay = copy.deepcopy(G).eval().requires_grad_(False), decay
@@ -41,7 +46,9 @@ class Average:
 
     @torch.no_grad()
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.net(*inputs)
+        """The averaged G's images; inputs [B, …] may lie on any device."""
+        device = next(self.net.parameters()).device
+        return self.net(*(x.to(device) for x in inputs))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -52,7 +59,7 @@ class Average:
 
 
 def init_dcgan(net: nn.Module) -> nn.Module:
-    """DCGAN's initialisation: weights N(0, 0.02), batch norm's N(1, 0.02), biases 0 (Radford et al. 2016)."""
+    """Initialise weights with N(0, 0.02), batch norm's with N(1, 0.02), biases with 0 (Radford et al. 2016)."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, 0, 0.02)
@@ -63,11 +70,11 @@ def init_dcgan(net: nn.Module) -> nn.Module:
     return net
 
 
-def moved(x: torch.Tensor, share: float, mirror: bool = True) -> torch.Tensor:
-    """Images [B, C, H, W], each mirrored and shifted by up to that share of its size at random; 0: unchanged.
+def random_flip_translate(x: torch.Tensor, share: float, mirror: bool = True) -> torch.Tensor:
+    """Mirror each image [B, C, H, W] at random and shift it by up to `share` of its height; 0: unchanged.
 
-    Shifts are of whole pixels, and edges are repeated outwards. If D is given all images like this, generated
-    ones too, it can hardly memorise the training images (Zhao et al. 2020).
+    Shifts are of whole pixels; edges are repeated outwards. Shown such images, real and generated, D can
+    hardly memorise the training images (Zhao et al. 2020).
     """
     if not share:
         return x

@@ -16,9 +16,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets import MNIST, mnist, utils
 from torchvision.transforms.functional import center_crop, resize
 
-from common import parallel
-from common.errors import UserError, reading
-from common.system import cached, digest_of
+from common.files import UserError, cached, digest_of, reading
 from synthetic import digits, faces, rendering, scenes
 
 
@@ -26,18 +24,18 @@ from synthetic import digits, faces, rendering, scenes
 class Data:
     """A labelled set of images, real or synthetic."""
     name: str  # "i-CLEVR", "synthetic digits", …: part of every title
-    kind: str  # "scenes", "digits" or "faces": which judge reads it, and what the labels are
+    domain: str  # "scenes", "digits" or "faces": which judge reads it, and what the labels are
     source: str  # the resolved --data
     images: torch.Tensor  # uint8 [N, C, S, S]
     labels: torch.Tensor  # scenes: ascending ids, null-padded [N, 3]; digits [N]; faces: 0. or 1. [N, A]
     classes: tuple[str, ...]  # names of the objects, digits or attributes
     digest: str  # names the pixels and labels
-    test_images: torch.Tensor | None = None  # [M, C, S, S], for scores only; scenes have none
+    test_images: torch.Tensor | None = None  # held out, [M, C, S, S], for scores only; scenes have none
     test_labels: torch.Tensor | None = None
     groups: tuple[tuple[int, ...], ...] = ()  # faces: columns of which each face has exactly one
     scene: torch.Tensor | None = None  # scenes: [N]; frames of a scene share objects: split by this
-    tests: dict[str, torch.Tensor] = field(default_factory=dict)  # scenes: label sets [32, 3] to generate
-    origin: str = ""  # names the code that renders such images, or MNIST's pixels: for a shipped judge
+    test_label_sets: dict[str, torch.Tensor] = field(default_factory=dict)  # scenes: [32, 3] each
+    fingerprint: str = ""  # of the renderer's code, or of MNIST's pixels; selects a bundled judge
 
     def __post_init__(self):
         n, size = len(self.images), self.images.shape[-1]
@@ -47,49 +45,23 @@ class Data:
             raise UserError(f"{self.name}: {n + m} images are too few: {m} for scores, at least 2 are needed")
         print(f"data: {self.name} ({self.source}), {n:,} training images of {size}×{size}")
 
-    def about(self) -> dict:
-        """What a checkpoint keeps of the data, so that sampling needs no more: Data.known(about)."""
+    def metadata(self) -> dict:
+        """Metadata stored in checkpoints so that sampling works without the data set; see from_metadata."""
         some = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))[:10_000]
-        return dict(name=self.name, kind=self.kind, source=self.source, classes=self.classes,
-                    digest=self.digest, groups=self.groups, tests=self.tests,
+        return dict(name=self.name, kind=self.domain, source=self.source, classes=self.classes,
+                    digest=self.digest, groups=self.groups, tests=self.test_label_sets,
                     labels=self.labels[some].byte(), images=self.images.new_empty(0, *self.images.shape[1:]))
 
     @classmethod
-    def known(cls, about: dict) -> "Data":
-        """Data without images, and with at most 10,000 of the labels, from about()."""
-        labels = about["labels"].to(torch.float32 if about["kind"] == "faces" else torch.int64)
-        return cls(**about | {"labels": labels})
+    def from_metadata(cls, stored: dict) -> "Data":
+        """Data without images, and with at most 10,000 of the labels, from metadata()."""
+        labels = stored["labels"].to(torch.float32 if stored["kind"] == "faces" else torch.int64)
+        return cls(stored["name"], stored["kind"], stored["source"], stored["images"], labels,
+                   stored["classes"], stored["digest"], groups=stored["groups"],
+                   test_label_sets=stored["tests"])
 
-    def split(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A judge's training images and labels, and those held out from it: of scenes a fixed tenth."""
-        if self.scene is None:
-            return self.images, self.labels, self.test_images, self.test_labels
-        numbers = self.scene.unique()
-        if len(numbers) < 10:
-            raise UserError(f"{self.name} has fewer than 10 scenes, too few for a judge: use --judge none")
-        order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
-        test = torch.isin(self.scene, numbers[order[:round(len(numbers) / 10)]])
-        return self.images[~test], self.labels[~test], self.images[test], self.labels[test]
-
-    def validation_images(self) -> torch.Tensor:
-        """As many training images as there are test images: best.pt is chosen by the distance to these."""
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
-        return self.images[order[:len(self.test_images)]]
-
-    def validation_sets(self, n: int = 96) -> torch.Tensor:
-        """Label sets [≤ n, 3] of training scenes, up to n/3 of 1, 2, 3 objects: best.pt is chosen by these.
-
-        None is in tests, unless all of them are.
-        """
-        g, sets = torch.Generator().manual_seed(0), self.labels.unique(dim=0)
-        others = sets[~(sets[:, None] == torch.cat([sets[:0], *self.tests.values()])).all(2).any(1)]
-        sets = others if len(others) else sets
-        count = (sets < len(self.classes)).sum(1)
-        return torch.cat([s[torch.randperm(len(s), generator=g)[:n // 3]] for s in
-                          (sets[count == k] for k in (1, 2, 3))])
-
-    def training_sample(self, n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """n random training images in [-1, 1] with their labels: the scale for generated ones."""
+    def random_images(self, n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """n random training images in [-1, 1] with labels, scored as a reference for generated ones."""
         index = torch.randint(len(self.images), (n,), generator=g)
         return to_float(self.images[index]), self.labels[index]
 
@@ -123,7 +95,7 @@ def load_iclevr(cfg) -> Data:
         tests = {name: torch.tensor([pad_ids(s, ids, name) for s in sets]) for name, sets in lists.items()}
         digest = digest_of(f"{d['key']} {size}", d["labels"])  # of code: pixels depend on the processor
         return Data("synthetic scenes", "scenes", source, d["images"], d["labels"], scenes.OBJECTS,
-                    digest, scene=d["scene"], tests=tests, origin=d["key"])
+                    digest, scene=d["scene"], test_label_sets=tests, fingerprint=d["key"])
     folder = Path(source)
     ids, train, tests = read_iclevr_lists(folder)
     places = map(folder.joinpath, ("images", "iclevr", "image"))
@@ -132,12 +104,13 @@ def load_iclevr(cfg) -> Data:
     labels = torch.tensor([train[name] for name in names])
     scene = np.unique([name.rsplit("_", 1)[0] for name in names], return_inverse=True)[1]
     return Data("i-CLEVR", "scenes", source, images, labels, tuple(sorted(ids, key=ids.get)),
-                digest_of(pixels, labels, *tests.values()), scene=torch.from_numpy(scene), tests=tests)
+                digest_of(pixels, labels, *tests.values()), scene=torch.from_numpy(scene),
+                test_label_sets=tests)
 
 
 def read_iclevr_lists(folder: Path) -> tuple[dict, dict, dict]:
     """{object: id}, {file name of train.json: three ids} and the two test lists."""
-    def once(pairs: list[tuple]) -> dict:  # of a key given twice json would keep the last
+    def once(pairs: list[tuple]) -> dict:  # json silently keeps the last of duplicate keys
         if twice := [a for a, b in pairwise(sorted(key for key, _ in pairs)) if a == b]:
             raise ValueError(f"{twice[0]} is given twice")
         return dict(pairs)
@@ -171,7 +144,7 @@ def pad_ids(objects: list[str], ids: dict[str, int], where: str) -> list[int]:
 
 
 def label_sets(text: str, classes: tuple[str, ...]) -> torch.Tensor:
-    """Such as "red cube, blue sphere; gray cylinder" → padded ids of each set [K, 3]; raises UserError."""
+    """Parse "red cube, blue sphere; gray cylinder" into padded class ids [K, 3]; raises UserError."""
     ids = {name: i for i, name in enumerate(classes)}
     with reading(f"--labels {text!r}", 'sets of objects, such as "red cube, blue sphere; gray cylinder"'):
         sets = [[name.strip() for name in objects.split(",")] for objects in text.split(";")]
@@ -199,14 +172,14 @@ def load_digits(cfg, image_size: int) -> Data:
     if source == "synthetic":
         d = cached(*rendering(digits, n + n // 6 + 1, 28, ("images", "labels", "factors")))
         sets = [(d["images"][part], d["labels"][part]) for part in (slice(n), slice(n, None))]
-        origin, digest = d["key"], digest_of(d["key"], d["labels"])
+        fingerprint, digest = d["key"], digest_of(d["key"], d["labels"])
     else:
         root = Path("data" if source == "mnist" else source)
         sets = [read_mnist(root, train, download=source == "mnist") for train in (True, False)]
-        origin = digest = digest_of("", *(x for pair in sets for x in pair))
+        fingerprint = digest = digest_of("", *(x for pair in sets for x in pair))
     train, test = ((resize(images, [image_size, image_size]), labels) for images, labels in sets)
     return Data("synthetic digits" if source == "synthetic" else "MNIST", "digits", source, *train,
-                tuple("0123456789"), f"{digest}-{image_size}", *test, origin=origin)
+                tuple("0123456789"), f"{digest}-{image_size}", *test, fingerprint=fingerprint)
 
 
 def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,12 +217,12 @@ def load_faces(cfg, labelled: bool = True) -> Data:
     cfg.crop: side of the square cut out of the middle of each image; 0: the largest. cfg.skip_bad_images:
     leave out, and count, missing and unusable ones, else UserError. A fixed tenth is held out for tests.
     """
-    source, size, origin = pick_source(cfg.data, "data/celeba"), cfg.image_size, ""
+    source, size, fingerprint = pick_source(cfg.data, "data/celeba"), cfg.image_size, ""
     if source == "synthetic":
         d = cached(*rendering(faces, cfg.n_synthetic, size, ("images", "labels")))
         name, known, images = "synthetic faces", faces.FACE_ATTRIBUTES, d["images"]
         columns = pick_columns(cfg.attributes, known, "the synthetic set")
-        labels, origin, pixels = d["labels"][:, columns], d["key"], f"{d['key']} {size}"
+        labels, fingerprint, pixels = d["labels"][:, columns], d["key"], f"{d['key']} {size}"
     else:
         tables = [Path(source) / name for name in FACE_LAYOUTS]
         table = next(filter(os.path.isfile, tables), tables[0])
@@ -272,7 +245,7 @@ def load_faces(cfg, labelled: bool = True) -> Data:
     classes = tuple(known[i] for i in columns)
     y, n = labels.float(), len(images) - len(images) // 10  # in random order, so without copies
     return Data(name, "faces", source, images[:n], y[:n], classes, digest_of(pixels + repr(classes), labels),
-                images[n:], y[n:], one_of_groups(labels), origin=origin)
+                images[n:], y[n:], one_of_groups(labels), fingerprint=fingerprint)
 
 
 def pick_columns(attributes: str, known: tuple[str, ...], where: str, flag="--attributes") -> list[int]:
@@ -299,7 +272,7 @@ def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]
                  "and rows of a file name (used once) and 0 or 1 (or -1 and 1) for each attribute"):
         text, rows, values = table.read_bytes(), {}, {"0": 0, "1": 1, "-1": 0}
         lines = text.decode(json.detect_encoding(text)).rstrip().splitlines()
-        kaggle = table.suffix == ".csv"  # announces no number, but the column of names has a name too
+        kaggle = table.suffix == ".csv"  # has no row-count line, but a header for the file-name column
         (n, *_), known, *cells = [[len(lines) - 1], *csv.reader(lines)] if kaggle else map(str.split, lines)
         known = tuple(known[kaggle:])
         if not known or int(n) != len(cells) or len({*known}) < len(known):
@@ -365,18 +338,14 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
 
 
 def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
-    """One image as a viewer shows it: turned by EXIF, over white, deep grey scaled; raises UserError."""
+    """Decode like an image viewer: apply EXIF orientation, composite alpha over white; raises UserError."""
     hint = "" if crop is None else f" of at least {crop or 1} pixels; leave such out with --skip-bad-images"
     with reading(path, f"an image{hint}"), Image.open(path, formats=FORMATS) as image:
         image.load()
         with contextlib.suppress(Exception):  # broken EXIF data, which viewers ignore
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode[0] in "IF":  # 16 bits, or floats up to 1 or 255
-            x = np.asarray(image)
-            top = 65535 if image.mode[0] == "I" else 1 if x.max() <= 1 else 255
-            if not 0 <= x.min() <= x.max() <= top:
-                raise ValueError(f"grey from {x.min()} to {x.max()}, not from 0 to {top}")
-            image = Image.fromarray((x * (255 / top) + 0.5).astype(np.uint8))
+        if image.mode[0] in "IF":
+            raise ValueError("grey of 16 bits or of floats: convert it to 8 bits")
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = image.convert("RGB")
@@ -390,16 +359,17 @@ def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
 class Batches:
     """Shuffled batches, without replacement within an epoch, as a pure function of seed and number.
 
-    Under torchrun, of each batch the process's share.
-
-    The images live on `device` if they take at most half of its free memory, else in the host's.
+    Process `rank` of `world_size` gets its share of each batch. The images live on `device` if they take at
+    most half of its free memory, else in the host's.
     """
 
-    def __init__(self, data: Data, batch_size: int, seed: int, device: torch.device):
+    def __init__(self, data: Data, batch_size: int, seed: int, device: torch.device, rank: int = 0,
+                 world_size: int = 1):
         self.images, self.labels, self.batch_size, self.seed = data.images, data.labels, batch_size, seed
         self.device, self.epoch, self.per_epoch = device, -1, len(data.images) // batch_size
-        if batch_size % parallel.world():
-            raise UserError(f"--batch-size {batch_size} is not a multiple of {parallel.world()} processes")
+        self.share = slice(rank, None, world_size)
+        if batch_size % world_size:
+            raise UserError(f"--batch-size {batch_size} is not a multiple of {world_size} processes")
         if not self.per_epoch and len(data.images):
             raise UserError(f"--batch-size {batch_size} is more than the {len(data.images)} training images")
         if device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
@@ -412,7 +382,7 @@ class Batches:
             g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.order = torch.randperm(len(self.images), generator=g).to(self.images.device)
             self.epoch = epoch
-        index = parallel.share(self.order[at * self.batch_size:(at + 1) * self.batch_size])
+        index = self.order[at * self.batch_size:(at + 1) * self.batch_size][self.share]
         images, labels = self.images[index], self.labels[index]
         if images.device.type != self.device.type:  # "cuda" and "cuda:0" are not equal, but alike
             images, labels = (x.pin_memory().to(self.device, non_blocking=True) for x in (images, labels))

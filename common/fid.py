@@ -1,7 +1,7 @@
 """Fréchet inception distance (FID) by pytorch-fid's pipeline and weights (Heusel et al. 2017).
 
 FID is the name of one figure only: Inception weights of 2015-12-05, images of 8 bits, all of them counted.
-benchmarks/fid.py compares folders of images.
+tools/fid.py compares folders of images.
 """
 import hashlib
 import io
@@ -15,7 +15,7 @@ from scipy.linalg import eigvalsh
 from scipy.linalg.lapack import dpstrf
 from torchvision.models import inception as tv
 
-from common.errors import UserError, reading
+from common.files import UserError, reading
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
@@ -92,7 +92,7 @@ def features(net: Callable, batches: Iterable[torch.Tensor]) -> Iterator[torch.T
         yield net(images.float() / 255)
 
 
-class Moments:
+class FeatureStats:
     """Count, mean [D] and covariance [D, D] of a stream of features, in float64, without keeping them.
 
     Batches are merged as in Chan, Golub and LeVeque (1983), eq. 2.1, which loses no digits to large means.
@@ -131,15 +131,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu().numpy() for a in (mu1, sigma1, mu2, sigma2))
     # With Σ₁ = AAᵀ and Σ₂ = BBᵀ, Σ₁Σ₂ has the eigenvalues of the symmetric (AᵀB)ᵀ(AᵀB), beside zeros.
-    product = _root(sigma1).T @ _root(sigma2)
+    product = psd_factor(sigma1).T @ psd_factor(sigma2)
     gram = product @ product.T if len(product) < product.shape[1] else product.T @ product
-    # Small eigenvalues are kept, since thousands of them add up; only what rounding made negative is zero.
+    # Keep small eigenvalues (thousands add up); clamp only those that rounding made negative.
     cross = np.sqrt(eigvalsh(gram).clip(min=0)).sum() if gram.size else 0.0
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * cross
     return max(float(distance), 0.0)
 
 
-def _root(sigma: np.ndarray) -> np.ndarray:
+def psd_factor(sigma: np.ndarray) -> np.ndarray:
     """A [D, rank] with AAᵀ = sigma, by pivoted Cholesky, which ends where only rounding noise is left."""
     lower, pivots, rank, _ = dpstrf(sigma, lower=1)
     root = np.empty((len(sigma), rank))

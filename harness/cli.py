@@ -1,24 +1,36 @@
 """The command line: every field of a script's Config is a flag, and its trailing comment the help text."""
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import json
+import os
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-from common.errors import UserError, reading
+from common.files import UserError, reading
 
 ACTIONS = {"resume": "continue", "sample": "save pictures of", "eval": "score"}
-# the fields that --resume may change, and those that --sample and --eval may
 SPANS = "iters log_every sample_every eval_every save_every".split()
+ON_DEMAND = "to n labels with_ digit".split()  # for --sample RUN --to FOLDER only
 FREE_ON_RESUME = [*SPANS, *"lr lr_g lr_d device precision deterministic data".split()]
-ON_DEMAND = "to n labels with_ digit".split()  # those of --sample RUN --to FOLDER alone
 FREE_ON_USE = [*"device precision data judge seed eval_draws eval_images fid_weights pairs category".split(),
                *ON_DEMAND]
-LEAST = dict(batch_size=2, eval_images=2, judge_width=4)  # counts whose least is not 1
-LARGEST = 10**9  # nothing needs more, and a seed of 10¹³ would overflow
+LEAST = dict(batch_size=2, eval_images=2, judge_width=4, n_categories=2)  # minimum values other than 1
+LARGEST = 10**9  # a seed of 10¹³ would overflow
+BELOW_1 = "ema beta1 beta2 flip_labels".split()
+
+
+class NotFinite(Exception):
+    """A loss or a weight is no longer a finite number. Ends a script with status 3."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work; args: message, number of the signal. Ends a script with 128 + number."""
 
 
 @dataclasses.dataclass
@@ -27,31 +39,29 @@ class Settings:
     out: str = ""  # folder of the run; empty: runs/SCRIPT
     seed: int = 0  # of weights, noise and the order of batches
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 (auto: where the hardware has it): autocast
-    deterministic: bool = False  # the same bits in each CUDA run, a little slower
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # autocast to bf16 (auto: where the hardware has it)
+    deterministic: bool = False  # give the same bits in each CUDA run, a little slower
     log_every: int = 100  # iterations between rows of losses in metrics.csv
-    sample_every: int = 500  # iterations between pictures; 0: never
+    sample_every: int = 500  # iterations between sample grids; 0: never
     eval_every: int = 1000  # iterations between scores; the best is kept as best.pt; 0: never
     save_every: int = 1000  # iterations between checkpoints
-    judge: str = "auto"  # auto (trained once and cached), none, or a checkpoint of a classifier
+    judge: str = "auto"  # classifier that scores: auto (trained once and cached), none, or a checkpoint
     judge_width: int = 64  # width of the judge that auto trains; for scenes and faces 64 is ResNet-18
     judge_steps: int = 5000  # its training steps
-    to: str = ""  # with --sample: the new folder for single images, instead of grids
-    n: int = 100  # with --to: how many images
+    to: str = ""  # with --sample: a new folder for single images, instead of grids
+    n: int = 100  # with --to: number of images
 
     def __post_init__(self):
-        """Check types and ranges: counts are at least 1 or as LEAST says (*_every: 0), other numbers 0."""
-        for name, kind, default in ((f.name, f.type, f.default) for f in dataclasses.fields(self)):
-            value, choices = getattr(self, name), get_args(kind)
-            if value not in choices if choices else not isinstance(value, (int, kind)[kind is not float:]):
-                raise UserError(f"{flag(name)} {value!r}: must be {choices or kind.__name__}")
-            least = LEAST.get(name, int(kind is int and default > 0 and not name.endswith("_every")))
-            most = LARGEST if kind is int else sys.float_info.max
-            if kind in (int, float) and not least <= value <= most:
-                limit = f"at most {LARGEST:,}" if kind is int else "finite"
-                raise UserError(f"{flag(name)} {value}: must be at least {least} and {limit}")
-            if name in ("ema", "beta1", "beta2", "flip_labels") and value >= 1:
-                raise UserError(f"{flag(name)} {value}: must be below 1")
+        """Check types, also of a stored config, and ranges. UserError names the flag."""
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), get_args(f.type)
+            least = LEAST.get(f.name, int(f.type is int and f.default > 0 and not f.name.endswith("_every")))
+            most = LARGEST if f.type is int else 1 if f.name in BELOW_1 else sys.float_info.max
+            if value not in choices if choices else not isinstance(value, (int, f.type)[f.type is not float:]):
+                raise UserError(f"{flag(f.name)} {value!r}: must be {choices or f.type.__name__}")
+            if f.type in (int, float) and not (least <= value <= most and (value < 1 or most != 1)):
+                limit = f"at most {most:,}" if f.type is int else "below 1" if most == 1 else "finite"
+                raise UserError(f"{flag(f.name)} {value}: must be at least {least} and {limit}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,15 +75,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def flag(name: str) -> str:
-    return "--" + name.rstrip("_").replace("_", "-")  # with_ has its name because "with" is Python's
+    return "--" + name.rstrip("_").replace("_", "-")  # the field is with_ because `with` is a keyword
 
 
-def parse(Config: type[Settings], quick: dict, description: str, argv: list[str] | None = None,
-          script: Path | None = None):
-    """Read the command line into (action, config, folder); raises UserError for anything that does not fit.
+def parse(Config: type[Settings], recipes: dict[str, dict], quick: dict, description: str,
+          argv: list[str] | None = None, script: Path | None = None):
+    """Parse the command line into (action, config, folder); raises UserError for anything that does not fit.
 
     action is "train", "resume", "sample" or "eval"; folder is the run that the last three name, else None.
-    quick: the values that --quick presets. script: the file with Config, if Python can't tell.
+    A value comes from the flags given, else --quick, else the recipe, else the field's default.
+    script: the file with Config, if Python can't tell.
     """
     script = script or Path(inspect.getfile(Config))
     source = "".join(path.read_text(encoding="utf-8") for path in (script, Path(__file__)))
@@ -101,12 +112,12 @@ def parse(Config: type[Settings], quick: dict, description: str, argv: list[str]
     if odd and not (action == "sample" and given.get("to")):
         raise UserError(f"{flag(odd[0])} is for --sample RUN --to FOLDER, single images of a run")
     if action == "train":
-        return action, Config(**(quick if use_quick else {}) | given), None
+        chosen = (quick if use_quick else {}) | given
+        return action, Config(**recipes[chosen.get("recipe", "paper")] | chosen), None
     folder = Path(given.pop(action))
     if use_quick:
         raise UserError(f"--quick is for a new run; {folder} has its own settings")
-    free = FREE_ON_RESUME if action == "resume" else FREE_ON_USE
-    cfg = stored_config(Config, folder, script.name, given, free)
+    cfg = stored_config(Config, folder, script.name, given, FREE_ON_RESUME if action == "resume" else FREE_ON_USE)
     if action == "eval" and cfg.judge == "none":
         raise UserError("--eval needs a judge: use --judge auto, or name a checkpoint")
     return action, cfg, folder
@@ -117,14 +128,48 @@ def stored_config(Config: type[Settings], folder: Path, script: str, given: dict
     path = folder / "config.json"
     with reading(path, f"in the folder of a run, written by {script}"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        made_by, values = content["script"], dict(content["config"])
+        made_by, values, sessions = content["script"], dict(content["config"]), content["sittings"]
+        commit = sessions[-1]["commit"] if sessions else "unknown"
     if made_by != script:
         raise UserError(f"{folder} is a run of {made_by}, not of {script}: call that script")
     if odd := set(values) ^ {field.name for field in dataclasses.fields(Config)}:
-        raise UserError(f"{path} is from another version of {script} (fields {sorted(odd)}): use that one")
+        raise UserError(f"{folder} was made by another version of {script} (fields {sorted(odd)} differ): "
+                        f"check out its commit, {commit}, to use it")
     differs = [name for name, value in given.items() if value != values[name] and name not in free]
     if differs:
         what = ", ".join(f"{flag(name)} is {values[name]!r} there, {given[name]!r} here" for name in differs)
         raise UserError(f"{folder} was made with other settings: {what}. Leave these flags out, or start a "
                         f"new run (only {', '.join(map(flag, free))} may change)")
     return Config(**values | given)
+
+
+def exit_status(main: Callable[[], int | None]) -> int:
+    """Call main; its exit status, with errors and stops as one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's can't
+            stream.reconfigure(errors="replace")  # a character that the encoding lacks must not end a run
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+        return status
+    except Stopped as stopped:
+        print(f"\n{stopped.args[0]}", file=sys.stderr)
+        return 128 + stopped.args[1]
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # stdout's reader has exited
+        return 128 + 13
+    except (UserError, NotFinite, OSError, MemoryError, RuntimeError) as error:
+        text = str(error).split("\n")[0]
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", text):
+                raise
+            text = f"not enough memory ({text[:120]}): use a smaller batch, width or image"
+        if int(os.environ.get("RANK", 0)):  # torchrun ends all at the first exit, and rank 0 is to tell
+            time.sleep(1)
+        else:
+            print(f"error: {text}", file=sys.stderr)
+        return 3 if isinstance(error, NotFinite) else 2
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()

@@ -1,5 +1,4 @@
 """Pictures: grids with a title and captions, the GIF of a run's progress, curves of its metrics."""
-import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -11,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from common.cli import Settings
-from common.datasets import Data, label_sets, to_float
-from common.system import free_folder, write_json, write_whole
+from common.datasets import to_float
+from common.files import atomic_write, write_json
+from harness.cli import Settings
 
 FONT_LACKS = str.maketrans({"×": "x", "→": "to", "…": "...", "·": " ", "–": "-", "±": "+-", "−": "-"})
 LINE = 14  # pixels a line of text takes
@@ -49,7 +48,7 @@ def save_grid(path: Path, images: torch.Tensor, title: str, nrow: int = 8, rows:
         x, y = left + column * tile + 2, top + row * (tile + below) + tile
         for k, name in enumerate(objects):
             draw_object(pen, x + k * (OBJECT_SIZE + 6), y + 1, name)
-    write_whole(path, lambda p: canvas.save(p))
+    atomic_write(path, lambda p: canvas.save(p))
     return canvas
 
 
@@ -78,65 +77,25 @@ def names_of(labels: torch.Tensor, classes: Sequence[str]) -> list[list[str]]:
     return [[classes[i] for i in ids if i < len(classes)] for ids in map(torch.Tensor.tolist, sets)]
 
 
-@torch.no_grad()
-def save_scenes(sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], cfg: Settings, data: Data,
-                folder: Path, title: str) -> None:
-    """Grids of scenes: both test lists, real above generated, each object alone, interpolations in z.
-
-    sample(z [N, z_dim], labels [N, 3]) → images [N, 3, H, W] in [-1, 1]. With cfg.to single images instead,
-    of the sets that cfg.labels names in turn; empty: those of training images.
-    """
-    g = torch.Generator().manual_seed(cfg.seed)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, cfg.z_dim, generator=g)
-
-    if cfg.to:
-        turn = itertools.cycle(label_sets(cfg.labels, data.classes) if cfg.labels else data.labels)
-
-        def requested(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-            labels = torch.stack(list(itertools.islice(turn, n)))
-            return sample(torch.randn(n, cfg.z_dim, generator=g), labels), labels
-        return save_images(requested, cfg, data.classes)
-
-    def save(name: str, what: str, images: torch.Tensor, labels: torch.Tensor) -> None:
-        save_grid(folder / f"{name}.png", images, f"{title}: {what}", captions=names_of(labels, data.classes))
-
-    for name, labels in data.tests.items():
-        images = sample(noise(len(labels)), labels)
-        save(name, f"{name}.json, requested objects below each image", images, labels)
-    if len(data.images):
-        index = torch.randint(len(data.images), (32,), generator=g)
-        labels = data.labels[index]
-        save("real_beside_generated", "lines of training images, below each generated ones with the same "
-             "labels", real_above_generated(data.images[index], sample(noise(32), labels)),
-             labels.view(4, 8, 3).repeat(1, 2, 1).view(64, 3))
-    null = len(data.classes)
-    labels = torch.tensor([[i, null, null] for i in range(null)])
-    save("objects", "each object alone, one z", sample(noise(1).expand(null, -1), labels), labels)
-    labels = data.tests["test"][torch.randperm(len(data.tests["test"]), generator=g)[:6]]
-    z = torch.lerp(*noise(2, len(labels), 1), torch.linspace(0, 1, 8)[:, None]).flatten(0, 1)
-    labels = labels.repeat_interleave(8, 0)
-    save("interpolation", "from one z to another, the same labels along a line", sample(z, labels), labels)
-
-
-def save_images(sample: Callable[[int, torch.Generator], tuple], cfg: Settings,
-                classes: Sequence[str] = ()) -> None:
+def save_images(sample: Callable[..., tuple], cfg: Settings, classes: Sequence[str] = (),
+                labels: torch.Tensor | None = None) -> None:
     """Write cfg.n PNGs to the new folder cfg.to and, if they have labels, labels.json, {file: names}.
 
     sample(how many, source of randomness) → images [B, C, S, S] in [-1, 1] and labels for names_of, or None.
+    labels [K, …]: the labels to generate, cycled through, as sample's third argument; else it draws them.
     """
-    folder, names, digits = free_folder(cfg.to, ""), {}, len(str(cfg.n - 1))
+    folder, names, digits = Path(cfg.to), {}, len(str(cfg.n - 1))
     g = torch.Generator().manual_seed(cfg.seed)
     for numbers in torch.arange(cfg.n).split(100):
-        images, labels = sample(len(numbers), g)  # an error in what is requested comes before the folder
+        part = () if labels is None else (labels[numbers % len(labels)],)
+        images, shown = sample(len(numbers), g, *part)
         folder.mkdir(parents=True, exist_ok=True)
         files = [f"{i:0{digits}}.png" for i in numbers.tolist()]
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()
         for file, image in zip(files, pixels, strict=True):
             to_pil_image(image).save(folder / file)
-        if labels is not None:
-            names |= zip(files, names_of(labels, classes), strict=True)
+        if shown is not None:
+            names |= zip(files, names_of(shown, classes), strict=True)
     if names:
         write_json(folder / "labels.json", names)
     print(f"{folder}: {cfg.n:,} images")
@@ -153,7 +112,7 @@ def save_gif(path: Path, pictures: list[Path]) -> None:
     # a frame has 256 colours: Pillow's usual choice of them makes the captions' red and purple the same
     frames = [frame.quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
     options = dict(save_all=True, append_images=frames[1:], loop=0, duration=[250] * (n - 1) + [2000])
-    write_whole(path, lambda p: frames[0].save(p, **options))
+    atomic_write(path, lambda p: frames[0].save(p, **options))
 
 
 # the panels of curves.png: title, and how the names of their columns begin
@@ -183,4 +142,4 @@ def save_curves(rows: list[dict], path: Path, title: str) -> None:
         ax.legend(fontsize=8)
     axes[0].set_title(title, fontsize=9)
     axes[-1].set_xlabel("iteration")
-    write_whole(path, lambda p: figure.savefig(p, dpi=110))
+    atomic_write(path, lambda p: figure.savefig(p, dpi=110))
