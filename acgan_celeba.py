@@ -1,17 +1,17 @@
 """ACGAN on faces with attributes: four adversarial losses, three norms of D, two conditions each of D and G.
 
-Odena et al. 2017 (auxiliary classifier), Arjovsky et al. 2017 (clipping), Gulrajani et al. 2017 (WGAN-GP), Wu
-et al. 2018 (WGAN-div), Huang et al. 2024 (paired), Miyato et al. 2018, Miyato & Koyama 2018 (projection).
+Odena et al. 2017 (auxiliary classifier); --loss: WGAN-GP (Gulrajani et al. 2017), weight clipping (Arjovsky et
+al. 2017), WGAN-div (Wu et al. 2018); projection: Miyato & Koyama 2018. --recipe r3gan has the relativistic
+pairing loss with R1 and R2 penalties (Huang et al. 2024), no norm in D, and projection.
 
-    python acgan_celeba.py --quick                                # minutes on two CPU cores
-    python acgan_celeba.py --d-norm spectral --d-cond projection  # the write-up's best of its six, one GPU
+    python acgan_celeba.py --quick                                # recipe r3gan, minutes on two CPU cores
+    python acgan_celeba.py --d-norm spectral --d-cond projection  # the report's best of six variants, one GPU
     python acgan_celeba.py --resume runs/acgan_celeba             # continue; or --sample, --eval a run
-    python benchmarks/sweep.py acgan_celeba.py variants           # all six, one table
+    python tools/sweep.py acgan_celeba.py variants                # all six, one table
 
 Results, with commands and hardware: results/README.md.
 """
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -23,19 +23,21 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import evaluator
-from common import losses
-from common.blocks import Average, frozen, init_dcgan, moved, normed_once
-from common.cli import Settings
+from common.blocks import EMA, autocast, cached_spectral_norm, init_dcgan, no_param_grads, random_flip_translate
 from common.datasets import Batches, Data, load_faces, pick_columns
-from common.errors import UserError
-from common.pictures import real_above_generated, save_grid, save_images
-from common.run import Run, launch
+from common.files import UserError
+from common.losses import r1r2_penalty, rpgan
+from harness import dist
+from harness.cli import Settings
+from harness.pictures import real_above_generated, save_grid
+from harness.run import Run, launch
 
 
 @dataclass
 class Config(Settings):
+    recipe: Literal["paper", "r3gan"] = "paper"  # method; r3gan learns several times faster
     iters: int = 30_000  # iterations; one is n_dis steps of D and one of G
-    batch_size: int = 32  # images a step
+    batch_size: int = 32  # images per step
     lr_g: float = 1e-3  # Adam's learning rate for G
     lr_d: float = 1e-3  # Adam's learning rate for D
     n_dis: int = 5  # D steps before each G step
@@ -52,17 +54,17 @@ class Config(Settings):
     eval_draws: int = 3  # draws of z and attributes averaged per score
     with_: str = ""  # with --to: attributes of all these images, joined by commas
     fid_weights: str = "auto"  # FID's network: auto (on a GPU, found or downloaded), none, or its file
-    beta1: float = 0.5  # Adam's first decay rate; the write-up gives none for its GAN: these are WGAN-GP's
-    beta2: float = 0.9  # its second
-    loss: Literal["wgan-gp", "wgan-clip", "wgan-div", "paired"] = "wgan-gp"  # adversarial loss
+    loss: Literal["wgan-gp", "wgan-clip", "wgan-div", "rpgan"] = "wgan-gp"  # adversarial loss
     d_norm: Literal["batch", "spectral", "none"] = "batch"  # D's norm: of activations, of weights, or none
     d_cond: Literal["concat", "projection"] = "concat"  # how the attributes enter D's score
     g_cond: Literal["maps", "input"] = "maps"  # attributes enter G before each layer, or with z only
     gp_weight: float = 10.0  # λ of WGAN-GP's penalty
+    gamma: float = 0.5  # rpgan: γ of R1 and R2, penalties on D's gradients at real and generated images
+    clip: float = 0.01  # wgan-clip: largest absolute weight of D
     aux_weight: float = 20.0  # λ of the attributes' cross-entropy, in both losses
-    clip: float = 0.01  # WGAN-clip: largest absolute weight of D
     augment: float = 0.0  # mirror D's images at random, shift them by up to this share of their size; 0: no
-    gamma: float = 1.0  # paired: weight of the mean of R1 and R2, D's gradients at real, generated images
+    beta1: float = 0.5  # Adam's β1, from WGAN-GP (the reference report states none)
+    beta2: float = 0.9  # Adam's β2, likewise
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,11 +72,15 @@ class Config(Settings):
             raise UserError("--loss wgan-clip: clipping does nothing with --d-norm spectral: change one")
 
 
-QUICK = dict(iters=4000, n_dis=1, ch=8, image_size=64, ema=0.99, loss="paired", d_norm="none",
-             d_cond="projection", aux_weight=5.0, beta1=0.0, beta2=0.99, n_synthetic=4000, log_every=100,
-             sample_every=200, eval_every=1000, save_every=1000, eval_images=1000)
+RECIPES = {
+    "paper": {},
+    "r3gan": dict(loss="rpgan", d_norm="none", d_cond="projection", aux_weight=0.5, n_dis=1, beta1=0.0,
+                  beta2=0.99, ema=0.999, augment=0.0625),
+}
+QUICK = dict(recipe="r3gan", iters=4000, ch=8, image_size=64, n_synthetic=4000, eval_images=1000,
+             log_every=100, sample_every=200, eval_every=1000, save_every=1000)
 
-# the write-up's table, for benchmarks/sweep.py; behind each its best FID there, of 5,000 images
+# the report's table, for tools/sweep.py; behind each its best FID there, of 5,000 images
 VARIANTS = {
     "gp-bn-concat-maps": {},  # 89.276, the baseline
     "gp-sn-concat-maps": dict(d_norm="spectral"),  # 63.240
@@ -123,8 +129,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """images [B, 3, S, S], attributes y [B, A] → adversarial scores [B], attribute logits [B, A].
 
-    cond "concat": a linear layer on (features, y), as in the write-up; y only shifts the score. "projection":
-    ψ(h) + ⟨V y, h⟩ (Miyato & Koyama 2018, eq. 3). norm "spectral": on all layers but the attributes'.
+    cond "concat": a linear layer on (features, y), as in the reference report; y only shifts the score.
+    "projection": ψ(h) + ⟨V y, h⟩ (Miyato & Koyama 2018, eq. 3). norm "spectral": on all layers but the attributes'.
     """
 
     def __init__(self, n_attributes: int, ch: int, image_size: int, norm: str, cond: str):
@@ -153,32 +159,58 @@ class Discriminator(nn.Module):
         return score, self.attributes(h)
 
 
-# ---------------------------------------------------------------------- one step of D, one of G
+# ---------------------------------------------------------------------- losses; one step of D, one of G
 
-def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
-           y: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update D with real images [B, 3, S, S] and generated ones of the same attributes [B, A]."""
-    adversarial = losses.paired if cfg.loss == "paired" else losses.wasserstein_d
-    with normed_once(D):
-        with autocast():
-            with torch.no_grad():
-                fake = G(torch.randn(len(real), cfg.z_dim, device=real.device), y)
-                real, fake = moved(real, cfg.augment), moved(fake, cfg.augment)
+def gradient_norms(D: Callable, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """‖∇D(x̂)‖₂ [B], over all values of x̂, a random point between each pair of real and fake [B, 3, S, S].
+
+    In fp32: in bf16, powers of small gradients would vanish. Batch norm in D takes the points' statistics.
+    """
+    with torch.autocast(real.device.type, enabled=False):
+        share = torch.rand(len(real), 1, 1, 1, device=real.device)
+        x = torch.lerp(real, fake.float(), share).requires_grad_()
+        gradients, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    return torch.linalg.vector_norm(gradients.flatten(1), dim=1)  # a square root would give NaN at norm 0
+
+
+def wgan_gp(D: Callable, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """E[(‖∇D(x̂)‖₂ - 1)²] (Gulrajani et al. 2017, eq. 3)."""
+    return (gradient_norms(D, real, fake) - 1).square().mean()
+
+
+def wgan_div(D: Callable, real: torch.Tensor, fake: torch.Tensor, k: float = 2, p: float = 6) -> torch.Tensor:
+    """k E[‖∇D(x̂)‖₂^p] (Wu et al. 2018, Algorithm 1)."""
+    return k * gradient_norms(D, real, fake).pow(p).mean()
+
+
+def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor, y: torch.Tensor,
+           cfg: Config) -> dict[str, torch.Tensor]:
+    """Update D with real and generated images [B, 3, S, S] of the same attributes [B, A].
+
+    Reads cfg.loss, gp_weight, gamma, clip, aux_weight, precision.
+    """
+    penalty = real.new_zeros(())
+    with cached_spectral_norm(D):
+        with autocast(real, cfg.precision):
             # two passes, because real and fake images each need their own batch-norm statistics
             (score_real, logits), (score_fake, _) = D(real, y), D(fake, y)
-        penalty = torch.zeros((), device=real.device)
         if cfg.loss == "wgan-gp":
-            penalty = cfg.gp_weight * losses.gradient_penalty(lambda x: D(x, y)[0], real, fake)
+            penalty = cfg.gp_weight * wgan_gp(lambda x: D(x, y)[0], real, fake)
         elif cfg.loss == "wgan-div":
-            penalty = losses.wasserstein_divergence(lambda x: D(x, y)[0], real, fake)
-        elif cfg.loss == "paired":  # an eighth of each kind is enough
-            some, y_some = torch.cat([real[::8], fake[::8].float()]), y[::8].repeat(2, 1)
-            penalty = cfg.gamma * losses.zero_centred_penalty(lambda x: D(x, y_some)[0], some)
+            penalty = wgan_div(lambda x: D(x, y)[0], real, fake)
+        elif cfg.loss == "rpgan":  # of an eighth of the batch: an unbiased estimate, at an eighth of the cost
+            y_some = y[::8].repeat(2, 1)
+            penalty = cfg.gamma * r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
     score_real, score_fake = score_real.float(), score_fake.float()
-    aux = F.binary_cross_entropy_with_logits(logits.float(), y)  # of real images only
-    loss = adversarial(score_real, score_fake) + penalty + cfg.aux_weight * aux
+    aux_real = F.binary_cross_entropy_with_logits(logits.float(), y)  # of real images only
+    if cfg.loss == "rpgan":
+        loss = rpgan(score_real, score_fake)
+    else:  # the critic's, E[D(G(z))] - E[D(x)] (Arjovsky et al. 2017, eq. 2)
+        loss = score_fake.mean() - score_real.mean()
+    loss = loss + penalty + cfg.aux_weight * aux_real
     opt.zero_grad()
     loss.backward()
+    dist.average_gradients(opt)
     opt.step()
     if cfg.loss == "wgan-clip":
         with torch.no_grad():
@@ -186,29 +218,32 @@ def d_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer
                 if not name.startswith("attributes"):  # which is not part of the critic
                     weight.clamp_(-cfg.clip, cfg.clip)
     return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean(), penalty=penalty,
-                aux_real=aux)
+                aux_real=aux_real)
 
 
-def g_step(cfg: "Config", G: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
-           y: torch.Tensor, autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update G with images of the attributes [B, A], those of `real`, which the paired loss needs."""
-    with frozen(D), normed_once(D), autocast():
-        fake = G(torch.randn(len(y), cfg.z_dim, device=y.device), y)
-        score, logits = D(moved(fake, cfg.augment), y)
-        score_real = D(moved(real, cfg.augment), y)[0].float() if cfg.loss == "paired" else None
-    score, aux = score.float(), F.binary_cross_entropy_with_logits(logits.float(), y)
-    loss = losses.paired(score, score_real) if cfg.loss == "paired" else losses.hinge_g(score)
-    loss = loss + cfg.aux_weight * aux
+def g_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor, y: torch.Tensor,
+           cfg: Config) -> dict[str, torch.Tensor]:
+    """Update G by its images fake = G(z, y), still attached to it. Reads cfg.loss, aux_weight, precision.
+
+    Real images are used only by the relativistic loss.
+    """
+    with no_param_grads(D), cached_spectral_norm(D), autocast(real, cfg.precision):
+        score, logits = D(fake, y)
+        score_real = D(real, y)[0].float() if cfg.loss == "rpgan" else None
+    score, aux_fake = score.float(), F.binary_cross_entropy_with_logits(logits.float(), y)
+    loss = rpgan(score, score_real) if cfg.loss == "rpgan" else -score.mean()
+    loss = loss + cfg.aux_weight * aux_fake
     opt.zero_grad()
     loss.backward()
+    dist.average_gradients(opt)
     opt.step()
-    return dict(g_loss=loss, aux_fake=aux)
+    return dict(g_loss=loss, aux_fake=aux_fake)
 
 
-# ---------------------------------------------------------------------- requested attributes, pictures
+# ---------------------------------------------------------------------- attributes to generate, sample grids
 
-def request(data: Data, n: int, g: torch.Generator, wanted: Sequence[int] = ()) -> torch.Tensor:
-    """Attributes [n, A] to generate: uniform within each group; without groups, those of training images.
+def sample_attributes(data: Data, n: int, g: torch.Generator, wanted: Sequence[int] = ()) -> torch.Tensor:
+    """Draw attributes [n, A]: uniform within each group; without groups, those of training images.
 
     wanted: attributes that all have. Raises UserError if two are of one group.
     """
@@ -218,13 +253,13 @@ def request(data: Data, n: int, g: torch.Generator, wanted: Sequence[int] = ()) 
     else:
         y = data.labels[torch.randint(len(data.labels), (n,), generator=g)]
     for attribute in wanted:
-        y = switched(y, attribute, 1, data)
+        y = set_attribute(y, attribute, 1, data)
     if not y[:, wanted].all():
         raise UserError(f"--with: a face has only one of {', '.join(data.classes[i] for i in wanted)}")
     return y
 
 
-def switched(y: torch.Tensor, attribute: int, value: int, data: Data) -> torch.Tensor:
+def set_attribute(y: torch.Tensor, attribute: int, value: int, data: Data) -> torch.Tensor:
     """Attributes [N, A] with one set to `value`, and the others of its group to 0."""
     y = y.clone()
     y[:, next((list(columns) for columns in data.groups if attribute in columns), [])] = 0
@@ -232,28 +267,26 @@ def switched(y: torch.Tensor, attribute: int, value: int, data: Data) -> torch.T
     return y
 
 
-@torch.no_grad()
-def save_pictures(make: Callable, data: Data, run: Run, title: str) -> None:
-    """Grids: samples, real beside generated, each attribute switched; make(z, y) → images."""
+def save_pictures(ema: EMA, data: Data, run: Run) -> None:
+    """Save grids: samples, real above generated, each attribute set."""
     folder, g = run.folder, torch.Generator().manual_seed(run.cfg.seed)
-    z, y = torch.randn(64, run.cfg.z_dim, generator=g), request(data, 64, g)
-    save_grid(folder / "samples.png", make(z, y), title)
+    z, y = torch.randn(64, run.cfg.z_dim, generator=g), sample_attributes(data, 64, g)
+    save_grid(folder / "samples.png", ema(z, y), run.title)
     if len(data.images):
         index = torch.randint(len(data.images), (32,), generator=g)
         save_grid(folder / "real_beside_generated.png",
-                  real_above_generated(data.images[index], make(z[:32], data.labels[index])),
-                  f"{title}: lines of training images, below each generated ones with the same attributes")
-
-    # a line for each attribute: eight faces with it or, without groups, four without and with it
+                  real_above_generated(data.images[index], ema(z[:32], data.labels[index])),
+                  f"{run.title}: training images, below each row generated ones with the same attributes")
+    # a row for each attribute: eight faces with it or, without groups, four without and with it
     each = range(len(data.classes))
     if data.groups:
-        what = "the same eight faces in each line, with one attribute set"
-        pictures = [make(z[:8], switched(y[:8], a, 1, data)) for a in each]
+        what = "the same eight faces in each row, with one attribute set"
+        rows = [ema(z[:8], set_attribute(y[:8], a, 1, data)) for a in each]
     else:
         what = "four faces without one attribute, then with it"
-        pictures = [make(z[:4].repeat(2, 1), torch.cat([switched(y[:4], a, value, data) for value in (0, 1)]))
-                    for a in each]
-    save_grid(folder / "attributes.png", torch.cat(pictures), f"{title}: {what}", rows=data.classes)
+        rows = [ema(z[:4].repeat(2, 1), torch.cat([set_attribute(y[:4], a, value, data) for value in (0, 1)]))
+                for a in each]
+    save_grid(folder / "attributes.png", torch.cat(rows), f"{run.title}: {what}", rows=data.classes)
 
 
 # ---------------------------------------------------------------------- training
@@ -261,68 +294,48 @@ def save_pictures(make: Callable, data: Data, run: Run, title: str) -> None:
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = run.get_data(load_faces)
-    batches = Batches(data, cfg.batch_size, cfg.seed, device)
+    batches = Batches(data, cfg.batch_size, cfg.seed, device, dist.rank(), dist.world_size())
 
     torch.manual_seed(cfg.seed)
     G = Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size, cfg.g_cond)
     D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_norm, cfg.d_cond)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
-    ema = Average(G, cfg.ema)  # what is sampled and scored
-    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, betas=(cfg.beta1, cfg.beta2), fused=True)
-    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, betas=(cfg.beta1, cfg.beta2), fused=True)
-    run.track(data, G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
-    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
-    inception = evaluator.get_inception(cfg.fid_weights, device) if judge else None
-
-    title = run.title(data, cfg.loss, f"D {cfg.d_norm} norm, {cfg.d_cond}", f"G {cfg.g_cond}", f"ch {cfg.ch}")
+    ema = EMA(G, cfg.ema)  # is sampled and scored
+    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
+    run.register(data, cfg.loss, f"D {cfg.d_norm} norm, {cfg.d_cond}", f"G {cfg.g_cond}", f"ch {cfg.ch}",
+                 G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
+    scorer = evaluator.get_scorer(run, data)
     g = torch.Generator().manual_seed(cfg.seed)
-    fixed = torch.randn(64, cfg.z_dim, generator=g), request(data, 64, g)
-    # best.pt is chosen by the distance to training images: held-out ones are for the final scores only
-    validation = judge and judge.moments(data.validation_images())
+    fixed = torch.randn(64, cfg.z_dim, generator=g), sample_attributes(data, 64, g)
+    wanted = pick_columns(cfg.with_, data.classes, "the run", "--with") if cfg.with_ else []
 
-    def make(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return ema(z.to(device), y.to(device))
+    def sample(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        y = sample_attributes(data, n, g, wanted)
+        return ema(torch.randn(n, cfg.z_dim, generator=g), y), y
 
-    def sample(n: int, g: torch.Generator, wanted: Sequence[int] = ()) -> tuple[torch.Tensor, torch.Tensor]:
-        y = request(data, n, g, wanted)
-        return make(torch.randn(n, cfg.z_dim, generator=g), y), y
-
-    def wrong_labels(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        return data.training_sample(n, g)[0], request(data, n, g)
+    def shuffled(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        return data.random_images(n, g)[0], sample_attributes(data, n, g)
 
     for step in run.steps():
-        for k in range(cfg.n_dis):
+        for k in range(cfg.n_dis):  # each step of D has its own images; G's step shares the last ones
             real, y = batches((step - 1) * cfg.n_dis + k)
-            run.record(**d_step(cfg, G, D, opt_d, real, y, run.autocast))
-        run.record(**g_step(cfg, G, D, opt_g, real, y, run.autocast))
+            with autocast(real, cfg.precision):
+                fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
+            real, fake = (random_flip_translate(x, cfg.augment) for x in (real, fake))  # as D is given them
+            run.log(**d_step(D, opt_d, real, fake.detach(), y, cfg))
+        run.log(**g_step(D, opt_g, real, fake, y, cfg))
         ema.update(step)
 
-        if run.due("sample"):
-            run.picture(make(*fixed), title)
-        if judge and run.due("eval"):
-            found = evaluator.score(sample, judge, cfg.eval_images, 1, cfg.seed, data.groups, validation)
-            fd = found["FD (judge)"][0]
-            run.score(best=-fd, fd_judge=fd, accuracy=found["accuracy"][0])
+        if run.is_due("sample"):
+            run.log_images(ema(*fixed))
+        if scorer and run.is_due("eval"):
+            run.log_scores(**scorer.validate(sample))
 
-    if judge:  # other z than best.pt was chosen with
-        options = dict(n=cfg.eval_images, draws=cfg.eval_draws, seed=cfg.seed + 1)
-        scoring = options | dict(groups=data.groups, real=judge.moments(data.test_images))
-        # the best possible scores, and those of a G with perfect images that ignores the attributes
-        scores = {"training images": evaluator.score(data.training_sample, judge, **scoring),
-                  "their labels shuffled": evaluator.score(wrong_labels, judge, **scoring)}
-    for name, step in run.checkpoints("last", "best"):  # summary and pictures are of best.pt
-        if judge:
-            scores[name] = {"step": step} | evaluator.score(sample, judge, **scoring)
-            if inception:
-                scores[name]["FID"] = evaluator.score_fid(sample, inception, data.test_images, **options)
-    if cfg.to:
-        wanted = pick_columns(cfg.with_, data.classes, "the run", "--with") if cfg.with_ else []
-        save_images(partial(sample, wanted=wanted), cfg, data.classes)
-    elif run.wants_pictures:
-        save_pictures(make, data, run, f"{title}, step {step}")
-    if judge:
-        evaluator.report(run, data, judge, scores, ["FD (judge)", "accuracy", "exact", "FID"])
+    # the best possible scores, and those of a G with perfect images that ignores the attributes
+    scale = {"training images": data.random_images, "their labels shuffled": shuffled}
+    evaluator.finish(run, data, scorer, sample, partial(save_pictures, ema, data, run), references=scale)
 
 
 if __name__ == "__main__":
-    launch(main, Config, QUICK)
+    launch(main, Config, RECIPES, QUICK)

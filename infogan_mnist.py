@@ -1,7 +1,10 @@
 """InfoGAN on MNIST: codes that learn digit, slant and stroke width without labels (Chen et al. 2016).
 
-    python infogan_mnist.py --quick                          # minutes on two CPU cores
-    python infogan_mnist.py --iters 70000                    # 150 epochs at 64×64, one GPU
+--recipe robust adds noise to all that D sees, and lets Q read the category from images whose stroke width,
+slant, size and place are changed at random, so that a category can't be one of these.
+
+    python infogan_mnist.py --quick                          # recipe robust, minutes on two CPU cores
+    python infogan_mnist.py --iters 70000                    # the paper's recipe, 150 epochs at 64×64, one GPU
     python infogan_mnist.py --resume runs/infogan_mnist      # continue; --sample and --eval take a run too
 
 Results, with commands and hardware: results/README.md.
@@ -9,7 +12,6 @@ Results, with commands and hardware: results/README.md.
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,19 +24,21 @@ from torch import nn
 
 import evaluator
 from common import losses
-from common.blocks import Average, frozen, init_dcgan
-from common.cli import Settings
+from common.blocks import EMA, autocast, init_dcgan, no_param_grads
 from common.datasets import Batches, Data, load_digits
-from common.errors import UserError, reading
-from common.pictures import save_grid, save_images
-from common.run import Run, launch
+from common.files import UserError, reading
+from harness import dist
+from harness.cli import Settings
+from harness.pictures import save_grid
+from harness.run import Run, launch
 from synthetic.measures import category_digits, code_effects, match
 
 
 @dataclass
 class Config(Settings):
+    recipe: Literal["paper", "robust"] = "paper"  # method; robust: noise for D, changed images for Q
     iters: int = 70_000  # iterations, 150 epochs; one is a step of D and one of G and Q
-    batch_size: int = 128  # images a step
+    batch_size: int = 128  # images per step
     lr_g: float = 1e-3  # Adam's learning rate for G and Q
     lr_d: float = 2e-4  # Adam's learning rate for D and the shared body
     z_dim: int = 62  # dimensions of the noise z ~ U(-1, 1)
@@ -46,7 +50,7 @@ class Config(Settings):
     eval_images: int = 10_000  # generated images per draw that are scored
     eval_draws: int = 3  # draws of z averaged per score
     fid_weights: str = "auto"  # FID's network: auto (on a GPU, found or downloaded), none, or its file
-    category: int = 0  # the one that category_K_code_C.png shows
+    category: int = 0  # category shown in category_K_code_C.png
     digit: Literal[("any", *"0123456789")] = "any"  # with --to: only the category that is this digit
     n_categories: int = 10  # values of the categorical code, a one-hot vector
     n_continuous: int = 2  # continuous codes, each U(-1, 1)
@@ -57,13 +61,16 @@ class Config(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.n_categories < 2 or self.category >= self.n_categories:
-            raise UserError(f"--n-categories {self.n_categories} must be at least 2, and --category "
-                            f"{self.category} below it")
+        if self.category >= self.n_categories:
+            raise UserError(f"--category {self.category} must be below --n-categories {self.n_categories}")
 
 
-QUICK = dict(iters=9000, batch_size=64, ch=32, image_size=32, ema=0.99, noise=2.0, noise_iters=6000,
-             augment=1.0, log_every=100, sample_every=300, eval_every=3000, save_every=1000, eval_images=2000)
+RECIPES = {
+    "paper": {},
+    "robust": dict(noise=2.0, noise_iters=6000, augment=1.0, ema=0.99),
+}
+QUICK = dict(recipe="robust", iters=9000, batch_size=64, ch=32, image_size=32, eval_images=2000,
+             log_every=100, sample_every=300, eval_every=3000, save_every=1000)
 
 
 # ---------------------------------------------------------------------- networks
@@ -91,11 +98,9 @@ class Body(nn.Sequential):
     """images [B, 1, S, S] → the features that D's and Q's heads share, [B, 8·ch, 4, 4] (at 32×32: 4·ch)."""
 
     def __init__(self, ch: int, image_size: int):
-        act = nn.LeakyReLU(0.2)
-
         def down(i: int, o: int) -> list[nn.Module]:
-            return [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), act]
-        super().__init__(nn.Conv2d(1, ch, 4, 2, 1, bias=False), act,  # [B, ch, 32, 32]
+            return [nn.Conv2d(i, o, 4, 2, 1, bias=False), nn.BatchNorm2d(o), nn.LeakyReLU(0.2)]
+        super().__init__(nn.Conv2d(1, ch, 4, 2, 1, bias=False), nn.LeakyReLU(0.2),  # [B, ch, 32, 32]
                          *(layer for i, o in pairwise(widths(ch, image_size)) for layer in down(i, o)))
 
 
@@ -129,7 +134,6 @@ class QHead(nn.Module):
 def join(z: torch.Tensor, category: torch.Tensor, continuous: torch.Tensor,
          n_categories: int) -> torch.Tensor:
     """G's input [B, z_dim + K + C]: noise, the category [B] as a one-hot vector, continuous codes [B, C]."""
-    # F.one_hot would make the host read the values
     one_hot = category[:, None] == torch.arange(n_categories, device=z.device)
     return torch.cat([z, one_hot.to(z.dtype), continuous], 1)
 
@@ -144,59 +148,67 @@ def q_losses(estimate: tuple, category: torch.Tensor,
     return F.cross_entropy(logits, category), nll.mean()
 
 
-def noisy(images: torch.Tensor, std: float) -> torch.Tensor:
-    """Instance noise on all that D sees (Sønderby et al. 2017): D can't win by details that G lacks."""
-    return images + std * torch.randn_like(images) if std else images
+def instance_noise(x: torch.Tensor, std: float) -> torch.Tensor:
+    """Noise on all images that D sees (Sønderby et al. 2017), so that it can't win by details that G lacks."""
+    return x + std * torch.randn_like(x) if std else x
 
 
-def augmented(images: torch.Tensor, strength: float) -> torch.Tensor:
-    """Each of the images [B, 1, S, S] with a stroke width, slant, size and place of its own.
+def random_affine(images: torch.Tensor, strength: float) -> torch.Tensor:
+    """Give each image [B, 1, S, S] another stroke width, slant, size and place; 0: unchanged.
 
-    What a category says then can't be any of these: the continuous codes are left to tell them.
+    The category read from such images can't be any of these, which are left to the continuous codes.
     """
+    if not strength:
+        return images
+    images, device = images.float(), images.device
     thick, thin = F.max_pool2d(images, 3, 1, 1), -F.max_pool2d(-images, 3, 1, 1)
-    amount = strength * uniform(len(images), 1, 1, 1, device=images.device)
+    amount = strength * uniform(len(images), 1, 1, 1, device=device)
     images = images + amount.relu() * (thick - images) + (-amount).relu() * (thin - images)
     # x' = (1 ± 0.2) x ± 0.5 y ± 0.12, y' = ± 0.3 x + (1 ± 0.2) y ± 0.12, in half widths of the image
-    most = strength * torch.tensor([[0.2, 0.5, 0.12], [0.3, 0.2, 0.12]], device=images.device)
-    affine = torch.eye(2, 3, device=images.device) + most * uniform(len(images), 2, 3, device=images.device)
-    with torch.autocast(images.device.type, enabled=False):  # in bf16 points would be 0.1 pixels off
-        grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # what comes in from outside is black
+    most = strength * torch.tensor([[0.2, 0.5, 0.12], [0.3, 0.2, 0.12]], device=device)
+    affine = torch.eye(2, 3, device=device) + most * uniform(len(images), 2, 3, device=device)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # black comes in from outside
 
 
-def d_step(body: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor,
-           fake: torch.Tensor, noise: float = 0.0, autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update the body and D's head with real and generated images [B, 1, S, S]."""
-    with autocast():
+def d_step(body: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
+           cfg: Config) -> dict[str, torch.Tensor]:
+    """Update the body and D's head with real and generated images [B, 1, S, S]. Reads cfg.precision."""
+    with autocast(real, cfg.precision):
         # two passes, because real and fake images each need their own batch-norm statistics
-        score_real, score_fake = (D(body(noisy(x, noise))).float() for x in (real, fake.detach()))
-    loss = losses.bce_d(score_real, score_fake)
+        score_real, score_fake = D(body(real)).float(), D(body(fake)).float()
+    loss = losses.minimax_d(score_real, score_fake)
     opt.zero_grad()
     loss.backward()
+    dist.average_gradients(opt)
     opt.step()
     return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean())
 
 
-def gq_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: torch.optim.Optimizer, fake: torch.Tensor,
-            category: torch.Tensor, continuous: torch.Tensor, q_weight: float = 0.1, noise: float = 0.0,
-            augment: float = 0.0, autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update G and Q's head by images fake = G(codes), still attached to G; only D's step trains the body."""
-    with frozen(body, D), autocast():
-        h = body(noisy(fake, noise))
-        score, estimate = D(h).float(), Q(h)
-        if augment:
-            estimate = (Q(body(noisy(augmented(fake.float(), augment), noise)))[0], *estimate[1:])
-    loss = losses.bce_g(score)
-    q_category, q_continuous = q_losses(estimate, category, continuous)
+def g_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: torch.optim.Optimizer, fake: torch.Tensor,
+           changed: torch.Tensor, category: torch.Tensor, continuous: torch.Tensor,
+           cfg: Config) -> dict[str, torch.Tensor]:
+    """Update G and Q's head by images fake = G(codes), still attached to G; only D's step trains the body.
+
+    Q reads the category from `changed`, the same images after random_affine. Reads cfg.q_weight, augment,
+    precision. d_fake_updated: the mean of D(G(codes)) after D's step.
+    """
+    with no_param_grads(body, D), autocast(fake, cfg.precision):
+        h = body(fake)
+        score, (logits, mean, variance) = D(h).float(), Q(h)
+        if cfg.augment:
+            logits = Q(body(changed))[0]
+    loss = losses.nonsaturating_g(score)
+    q_category, q_continuous = q_losses((logits, mean, variance), category, continuous)
     opt.zero_grad()
-    (loss + q_category + q_weight * q_continuous).backward()
+    (loss + q_category + cfg.q_weight * q_continuous).backward()
+    dist.average_gradients(opt)
     opt.step()
     return dict(g_loss=loss, q_category=q_category, q_continuous=q_continuous,
                 d_fake_updated=score.sigmoid().mean())
 
 
-# ---------------------------------------------------------------------- codes, pictures
+# ---------------------------------------------------------------------- codes, sample grids
 
 def uniform(*shape: int, g: torch.Generator | None = None, device=None) -> torch.Tensor:
     """U(-1, 1)"""
@@ -204,9 +216,9 @@ def uniform(*shape: int, g: torch.Generator | None = None, device=None) -> torch
 
 
 def grid_codes(cfg: Config, g: torch.Generator, rows: int, varied: int | None) -> tuple:
-    """Noise, categories and continuous codes of a grid, line by line, with one category per column.
+    """Noise, categories and continuous codes of a grid, row by row, with one category per column.
 
-    varied: the code that goes from -1 to 1 down the lines, the others being 0; None: all are random.
+    varied: the code that goes from -1 to 1 down the rows, the others being 0; None: all are random.
     """
     k = cfg.n_categories
     category = torch.arange(k).repeat(rows)
@@ -217,26 +229,29 @@ def grid_codes(cfg: Config, g: torch.Generator, rows: int, varied: int | None) -
     return uniform(k, cfg.z_dim, g=g).repeat(rows, 1), category, continuous
 
 
-def save_pictures(make: Callable[..., torch.Tensor], data: Data, run: Run, title: str) -> None:
-    """Grids of make(z, category, continuous): samples, each continuous code varied, and within a category."""
+def save_pictures(generate: Callable[..., torch.Tensor], data: Data, run: Run) -> None:
+    """Save grids of generate(z, category, continuous): samples, each continuous code varied, also within one
+    category, real above generated.
+    """
     cfg, folder, g = run.cfg, run.folder, torch.Generator().manual_seed(run.cfg.seed)
-    save_grid(folder / "samples.png", make(*grid_codes(cfg, g, 10, None)),
-              f"{title}: one category per column, the other codes random", nrow=cfg.n_categories)
+    columns = f"{run.title}: one category per column"
+    save_grid(folder / "samples.png", generate(*grid_codes(cfg, g, 10, None)),
+              f"{columns}, the other codes random", nrow=cfg.n_categories)
     for c in range(cfg.n_continuous):
-        save_grid(folder / f"code_{c + 1}.png", make(*grid_codes(cfg, g, 10, c)), nrow=cfg.n_categories,
-                  title=f"{title}: one category per column, code {c + 1} from -1 to 1 down the lines")
+        save_grid(folder / f"code_{c + 1}.png", generate(*grid_codes(cfg, g, 10, c)),
+                  f"{columns}, code {c + 1} from -1 to 1 down the rows", nrow=cfg.n_categories)
         # eight noises, the code in steps of a fifth, to twice the range that G was trained with
         z = uniform(8, cfg.z_dim, g=g).repeat_interleave(21, 0)
         continuous = torch.zeros(len(z), cfg.n_continuous)
         continuous[:, c] = torch.linspace(-2, 2, 21).repeat(8)
         save_grid(folder / f"category_{cfg.category}_code_{c + 1}.png",
-                  make(z, torch.full((len(z),), cfg.category), continuous), nrow=21,
-                  title=f"{title}: category {cfg.category}, code {c + 1} from -2 to 2 (trained: middle 11)")
+                  generate(z, torch.full((len(z),), cfg.category), continuous), nrow=21,
+                  title=f"{run.title}: category {cfg.category}, code {c + 1} from -2 to 2 (trained: middle 11)")
     if len(data.images):
-        real = data.training_sample(4 * cfg.n_categories, g)[0]
-        pair = torch.cat([real, make(*grid_codes(cfg, g, 4, None)).cpu()])
+        real = data.random_images(4 * cfg.n_categories, g)[0]
+        pair = torch.cat([real, generate(*grid_codes(cfg, g, 4, None)).cpu()])
         save_grid(folder / "real_beside_generated.png", pair,
-                  f"{title}: four lines of training images, four of generated ones", cfg.n_categories)
+                  f"{run.title}: four rows of training images, four of generated ones", cfg.n_categories)
 
 
 def categories_of(cfg: Config, folder: Path) -> torch.Tensor:
@@ -256,7 +271,7 @@ def categories_of(cfg: Config, folder: Path) -> torch.Tensor:
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = run.get_data(load_digits, cfg.image_size)
-    batches = Batches(data, cfg.batch_size, cfg.seed, device)
+    batches = Batches(data, cfg.batch_size, cfg.seed, device, dist.rank(), dist.world_size())
 
     torch.manual_seed(cfg.seed)
     features = widths(cfg.ch, cfg.image_size)[-1]
@@ -265,73 +280,57 @@ def main(run: Run) -> None:
     Q = QHead(features, cfg.n_categories, cfg.n_continuous)
     G, body, D, Q = (init_dcgan(net).to(device, memory_format=torch.channels_last)
                      for net in (G, body, D, Q))
-    ema = Average(G, cfg.ema)  # what is sampled and scored
+    ema = EMA(G, cfg.ema)  # is sampled and scored
     opt_g = torch.optim.Adam([*G.parameters(), *Q.parameters()], cfg.lr_g, betas=(0.5, 0.999), fused=True)
     opt_d = torch.optim.Adam([*body.parameters(), *D.parameters()], cfg.lr_d, betas=(0.5, 0.999), fused=True)
-    run.track(data, G=G, body=body, D=D, Q=Q, ema=ema, opt_g=opt_g, opt_d=opt_d)
-    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
-    inception = evaluator.get_inception(cfg.fid_weights, device) if judge else None
-
-    title = run.title(data, f"ch {cfg.ch}")
+    run.register(data, f"ch {cfg.ch}", G=G, body=body, D=D, Q=Q, ema=ema, opt_g=opt_g, opt_d=opt_d)
+    scorer = evaluator.get_scorer(run, data)
     fixed = grid_codes(cfg, torch.Generator().manual_seed(cfg.seed), 10, None)
-    # best.pt is chosen by the distance to training images: test images are for the final scores only
-    validation = judge and judge.moments(data.validation_images())
+    allowed = categories_of(cfg, run.folder)  # all, or with --to those of --digit
 
-    def make(z: torch.Tensor, category: torch.Tensor, continuous: torch.Tensor) -> torch.Tensor:
-        return ema(join(z, category, continuous, cfg.n_categories).to(device))
+    def generate(z: torch.Tensor, category: torch.Tensor, continuous: torch.Tensor) -> torch.Tensor:
+        return ema(join(z, category, continuous, cfg.n_categories))
 
-    every = torch.arange(cfg.n_categories)
-
-    def sample(n: int, g: torch.Generator, of: torch.Tensor = every) -> tuple[torch.Tensor, None]:
-        category = of[torch.randint(len(of), (n,), generator=g)]
-        return make(uniform(n, cfg.z_dim, g=g), category, uniform(n, cfg.n_continuous, g=g)), None
+    def sample(n: int, g: torch.Generator) -> tuple[torch.Tensor, None]:
+        category = allowed[torch.randint(len(allowed), (n,), generator=g)]
+        return generate(uniform(n, cfg.z_dim, g=g), category, uniform(n, cfg.n_continuous, g=g)), None
 
     sizes = cfg.z_dim, cfg.n_categories, cfg.n_continuous
-    categories = partial(category_digits, make, judge, cfg.eval_images, *sizes)
-    effects = partial(code_effects, make, *sizes)
+    digits = partial(category_digits, generate, scorer and scorer.judge, cfg.eval_images, *sizes)
+    effects = partial(code_effects, generate, *sizes)
     for step in run.steps():
         real, _ = batches(step - 1)
         z = uniform(len(real), cfg.z_dim, device=device)
         category = torch.randint(cfg.n_categories, (len(real),), device=device)
         continuous = uniform(len(real), cfg.n_continuous, device=device)
-        with run.autocast():
+        with autocast(real, cfg.precision):
             fake = G(join(z, category, continuous, cfg.n_categories))
         std = cfg.noise * max(0, 1 - step / cfg.noise_iters)
-        run.record(**d_step(body, D, opt_d, real, fake, std, run.autocast))
-        run.record(**gq_step(body, D, Q, opt_g, fake, category, continuous, cfg.q_weight, std, cfg.augment,
-                             run.autocast))
+        changed = instance_noise(random_affine(fake, cfg.augment), std)
+        real, fake = instance_noise(real, std), instance_noise(fake, std)  # as D and Q are given them
+        run.log(**d_step(body, D, opt_d, real, fake.detach(), cfg))
+        run.log(**g_step(body, D, Q, opt_g, fake, changed, category, continuous, cfg))
         ema.update(step)
 
-        if run.due("sample"):
-            run.picture(make(*fixed), f"{title}: one category per column, the other codes random",
-                        nrow=cfg.n_categories)
-        if judge and run.due("eval"):
-            found = evaluator.score(sample, judge, cfg.eval_images, 1, cfg.seed, real=validation)
-            fd, codes = found["FD (judge)"][0], evaluator.over_draws(categories, 1, cfg.seed)
-            run.score(best=-fd, fd_judge=fd, accuracy_code=codes["code → digit"][0])
+        if run.is_due("sample"):
+            run.log_images(generate(*fixed), ": one category per column, the other codes random",
+                           nrow=cfg.n_categories)
+        if scorer and run.is_due("eval"):
+            codes = evaluator.over_draws(digits, 1, cfg.seed)
+            run.log_scores(**scorer.validate(sample), accuracy_code=codes["code → digit"][0])
 
-    # the scores of both checkpoints, with other z than best.pt was chosen with
-    scores, n, draws = {}, cfg.eval_images, dict(draws=cfg.eval_draws, seed=cfg.seed + 1)
-    if judge:
-        test = judge.moments(data.test_images)
-    for name, step in run.checkpoints("best", "last"):  # summary and pictures are of last.pt
-        if judge:
-            row = {"step": step} | evaluator.score(sample, judge, n, real=test, **draws)
-            row |= evaluator.over_draws(categories, **draws) | evaluator.over_draws(effects, **draws)
-            if inception:
-                row["FID"] = evaluator.score_fid(sample, inception, data.test_images, n=n, **draws)
-            scores[name] = row
-    if cfg.to:
-        save_images(partial(sample, of=categories_of(cfg, run.folder)), cfg)
-    elif run.wants_pictures:
-        save_pictures(make, data, run, f"{title}, step {step}")
-    if judge:
-        evaluator.report(run, data, judge, scores, ["code → digit", "a code ~ slant", "a code ~ width",
-                                                    "FD (judge)", "FID"])
-        shares = torch.tensor(row["shares"][0])
+    def more() -> dict[str, tuple]:  # with other z than best.pt was chosen with
+        draws = dict(draws=cfg.eval_draws, seed=cfg.seed + 1)
+        return evaluator.over_draws(digits, **draws) | evaluator.over_draws(effects, **draws)
+
+    scores = evaluator.finish(run, data, scorer, sample, partial(save_pictures, generate, data, run), "last",
+                              columns=["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)", "FID"],
+                              more=more)
+    if scores:
+        shares = torch.tensor(scores["last"]["shares"][0])
         print("\ndigit of each category, and its share there: " + ", ".join(
             f"{digit} {shares[k, digit]:.0%}" for k, digit in enumerate(match(shares)[0]) if digit >= 0))
 
 
 if __name__ == "__main__":
-    launch(main, Config, QUICK)
+    launch(main, Config, RECIPES, QUICK)

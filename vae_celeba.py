@@ -1,17 +1,18 @@
 """A convolutional VAE on faces: reconstructions, samples, interpolations, arithmetic with attributes.
 
-Kingma & Welling 2014. It is trained without labels; they serve afterwards to find attributes in its latent.
+Kingma & Welling 2014. It is trained without labels, which serve afterwards to find attributes in its latent.
+--recipe beta weights the KL divergence by β = 0.3 (as Higgins et al. 2017, but below 1): sharper
+reconstructions, worse samples.
 
-    python vae_celeba.py --quick                        # minutes on two CPU cores
-    python vae_celeba.py --iters 60000                  # the full run, one GPU
+    python vae_celeba.py --quick                        # recipe beta, minutes on two CPU cores
+    python vae_celeba.py --iters 60000                  # the paper's recipe, one GPU
     python vae_celeba.py --resume runs/vae_celeba       # continue; --sample and --eval take a run too
 
 Results, with commands and hardware: results/README.md.
 """
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,17 +20,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import evaluator
-from common.blocks import init_dcgan
-from common.cli import Settings
+from common.blocks import autocast, init_dcgan
 from common.datasets import Batches, Data, load_faces, to_float
-from common.pictures import save_grid, save_images
-from common.run import Run, launch
+from harness import dist
+from harness.cli import Settings
+from harness.pictures import save_grid
+from harness.run import Run, launch
 
 
 @dataclass
 class Config(Settings):
+    recipe: Literal["paper", "beta"] = "paper"  # method; beta: a smaller weight of the KL divergence
     iters: int = 60_000  # iterations, of one step each
-    batch_size: int = 32  # images a step
+    batch_size: int = 32  # images per step
     lr: float = 2e-4  # Adam's learning rate
     z_dim: int = 128  # dimensions of the latent z, with prior N(0, I)
     ch: int = 32  # width: a sixteenth of the feature maps at 4×4
@@ -42,11 +45,15 @@ class Config(Settings):
     eval_images: int = 5000  # generated images per draw that are scored
     eval_draws: int = 3  # draws of z averaged per score
     fid_weights: str = "auto"  # FID's network: auto (on a GPU, found or downloaded), none, or its file
-    kl_weight: float = 1.0  # of KL in the loss; below 1 sharper reconstructions, and worse samples
+    kl_weight: float = 1.0  # β, weight of the KL divergence in the loss
 
 
-QUICK = dict(iters=6000, lr=1e-3, ch=16, image_size=64, kl_weight=0.3, n_synthetic=4000, log_every=100,
-             sample_every=300, eval_every=2000, save_every=1000, eval_images=1000)
+RECIPES = {
+    "paper": {},
+    "beta": dict(kl_weight=0.3, lr=1e-3),
+}
+QUICK = dict(recipe="beta", iters=6000, ch=16, image_size=64, n_synthetic=4000, eval_images=1000,
+             log_every=100, sample_every=300, eval_every=2000, save_every=1000)
 
 
 # ---------------------------------------------------------------------- networks
@@ -99,10 +106,9 @@ def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tenso
 
 # ---------------------------------------------------------------------- one step
 
-def vae_step(vae: VAE, opt: torch.optim.Optimizer, x: torch.Tensor, kl_weight: float = 1.0,
-             autocast=nullcontext) -> dict[str, torch.Tensor]:
-    """Update encoder and decoder with images [B, 3, S, S]."""
-    with autocast():
+def vae_step(vae: VAE, opt: torch.optim.Optimizer, x: torch.Tensor, cfg: Config) -> dict[str, torch.Tensor]:
+    """Update encoder and decoder with images [B, 3, S, S]. Reads cfg.kl_weight, precision."""
+    with autocast(x, cfg.precision):
         mean, log_variance = vae.encode(x)
         z = mean + (log_variance / 2).exp() * torch.randn_like(mean)  # the reparametrisation trick
         reconstruction = vae.decoder(z).float()
@@ -110,9 +116,10 @@ def vae_step(vae: VAE, opt: torch.optim.Optimizer, x: torch.Tensor, kl_weight: f
     kl = kl_divergence(mean, log_variance).mean()
     # KL is averaged over pixels as the squares are: up to a factor, this is the negative ELBO of a Gaussian
     # decoder of variance 1/2. A KL that is summed would outweigh them, and z would carry no information
-    loss = mse + kl_weight * kl / x[0].numel()
+    loss = mse + cfg.kl_weight * kl / x[0].numel()
     opt.zero_grad()
     loss.backward()
+    dist.average_gradients(opt)
     opt.step()
     return dict(loss=loss, mse=mse, kl=kl)
 
@@ -158,8 +165,26 @@ def add_attributes(vae: VAE, data: Data, judge: evaluator.Judge) -> dict[str, tu
     return shares
 
 
-def save_pictures(vae: VAE, data: Data, cfg: Config, folder: Path, title: str) -> None:
-    """Grids: samples, reconstructions, interpolations between faces, attributes added."""
+def score_reconstructions(vae: VAE, data: Data, scorer: evaluator.Scorer) -> dict:
+    """Scores of the held-out faces' reconstructions and of attributes added to them, (mean, 0) each."""
+    mean, log_variance = encode_all(vae, data.test_images)
+    images, added = decode_all(vae, mean), add_attributes(vae, data, scorer.judge)
+    probabilities, stats = scorer.judge.read(images.split(250))
+    kept = evaluator.count_attributes(probabilities, data.test_labels, data.groups)
+    values = {"FD of reconstructions": evaluator.distance(scorer.test_stats, stats),
+              "MSE": F.mse_loss(images, to_float(data.test_images)).item(),
+              "attributes kept": kept["accuracy"],
+              "KL, nats": kl_divergence(mean, log_variance).mean().item()}
+    if added:  # none, where every held-out face has every attribute
+        values["attribute added"] = sum(after for _, after in added.values()) / len(added)
+    by_attribute = kept["by attribute"].tolist(), [0.0] * len(kept["by attribute"])
+    return {name: (value, 0.0) for name, value in values.items()} | {
+        "by attribute": by_attribute, "found without and with": added}
+
+
+def save_pictures(vae: VAE, data: Data, run: Run) -> None:
+    """Save grids: samples, reconstructions, interpolations between faces, attributes added."""
+    cfg, folder, title = run.cfg, run.folder, run.title
     g = torch.Generator().manual_seed(cfg.seed)
     save_grid(folder / "samples.png", decode_all(vae, torch.randn(16, cfg.z_dim, generator=g)), title, nrow=4)
     if data.test_images is None:  # not there: the rest starts from real faces
@@ -168,7 +193,7 @@ def save_pictures(vae: VAE, data: Data, cfg: Config, folder: Path, title: str) -
     faces, z = to_float(chosen), encode_all(vae, chosen)[0]
     save_grid(folder / "reconstructions.png", torch.cat([faces[:8], decode_all(vae, z[:8])]),
               f"{title}: held-out faces, their reconstructions below")
-    # at both ends of a line are the faces themselves
+    # at both ends of a row are the faces themselves
     pairs, share = len(faces) // 2, torch.linspace(0, 1, 8)[:, None]
     rows = [torch.cat([faces[i, None], decode_all(vae, torch.lerp(z[i], z[pairs + i], share)),
                        faces[pairs + i, None]]) for i in range(pairs)]
@@ -190,19 +215,14 @@ def save_pictures(vae: VAE, data: Data, cfg: Config, folder: Path, title: str) -
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = run.get_data(load_faces, False)
-    batches = Batches(data, cfg.batch_size, cfg.seed, device)
+    batches = Batches(data, cfg.batch_size, cfg.seed, device, dist.rank(), dist.world_size())
 
     torch.manual_seed(cfg.seed)
     vae = VAE(cfg.z_dim, cfg.ch, cfg.image_size).to(device, memory_format=torch.channels_last)
     opt = torch.optim.Adam(vae.parameters(), cfg.lr, betas=(0.5, 0.9), fused=True)
-    run.track(data, vae=vae, opt=opt)
-    judge = evaluator.get_judge(cfg, data, device) if run.wants_scores else None
-    inception = evaluator.get_inception(cfg.fid_weights, device) if judge else None
-
-    title = run.title(data, f"ch {cfg.ch}")
+    run.register(data, f"ch {cfg.ch}", vae=vae, opt=opt)
+    scorer = evaluator.get_scorer(run, data)
     fixed = torch.randn(16, cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
-    # best.pt is chosen by the distance to training images: held-out ones are for the final scores only
-    validation = judge and judge.moments(data.validation_images())
 
     @torch.no_grad()
     def sample(n: int, g: torch.Generator) -> tuple[torch.Tensor, None]:
@@ -211,50 +231,28 @@ def main(run: Run) -> None:
     for step in run.steps():
         x, _ = batches(step - 1)
         vae.train()
-        run.record(**vae_step(vae, opt, x, cfg.kl_weight, run.autocast))
+        run.log(**vae_step(vae, opt, x, cfg))
         vae.eval()  # for pictures and scores: batch norm with its running statistics
 
-        if run.due("sample"):
+        if run.is_due("sample"):
             shown = data.test_images[:8]
             z = torch.cat([encode_all(vae, shown)[0], fixed])
-            run.picture(torch.cat([to_float(shown), decode_all(vae, z)]),
-                        f"{title}: held-out faces, their reconstructions, samples")
-        if judge and run.due("eval"):
-            found = evaluator.score(sample, judge, cfg.eval_images, 1, cfg.seed, real=validation)
-            run.score(best=-found["FD (judge)"][0], fd_judge=found["FD (judge)"][0])
+            run.log_images(torch.cat([to_float(shown), decode_all(vae, z)]),
+                           ": held-out faces, their reconstructions, samples")
+        if scorer and run.is_due("eval"):
+            run.log_scores(**scorer.validate(sample))
 
     vae.eval()
-    options, scores = dict(n=cfg.eval_images, draws=cfg.eval_draws, seed=cfg.seed + 1), {}
-    if judge:
-        test = judge.moments(data.test_images)
-    for name, step in run.checkpoints("last", "best"):  # summary and pictures are of best.pt
-        if judge:
-            row = {"step": step} | evaluator.score(sample, judge, real=test, **options)
-            if inception:
-                row["FID"] = evaluator.score_fid(sample, inception, data.test_images, **options)
-            mean, log_variance = encode_all(vae, data.test_images)
-            images, added = decode_all(vae, mean), add_attributes(vae, data, judge)
-            probabilities, moments = judge.read(images.split(250))
-            kept = evaluator.count_attributes(probabilities, data.test_labels, data.groups)
-            mse = F.mse_loss(images, to_float(data.test_images)).item()
-            row |= {"FD of reconstructions": (evaluator.distance(test, moments), 0.0), "MSE": (mse, 0.0),
-                    "attributes kept": (kept["accuracy"], 0.0),
-                    "by attribute": (kept["by attribute"].tolist(), [0.0] * len(kept["by attribute"])),
-                    "KL, nats": (kl_divergence(mean, log_variance).mean().item(), 0.0)}
-            if added:  # none, where every held-out face has every attribute
-                row["attribute added"] = (sum(after for _, after in added.values()) / len(added), 0.0)
-            scores[name] = row | {"found without and with": added}
-    if cfg.to:
-        save_images(sample, cfg)
-    elif run.wants_pictures:
-        save_pictures(vae, data, cfg, run.folder, f"{title}, step {step}")
-    if judge:
-        evaluator.report(run, data, judge, scores, ["FD (judge)", "FID", "FD of reconstructions", "MSE",
-                                                    "attributes kept", "attribute added"])
+    scores = evaluator.finish(run, data, scorer, sample, partial(save_pictures, vae, data, run),
+                              columns=["FD (judge)", "FID", "FD of reconstructions", "MSE", "attributes kept",
+                                       "attribute added"],
+                              more=partial(score_reconstructions, vae, data, scorer))
+    if scores:
         print("\nshare of held-out faces without an attribute in which it is found: reconstructed, and added")
-        for attribute, (before, after) in added.items():
+        *_, row = scores.values()
+        for attribute, (before, after) in row["found without and with"].items():
             print(f"{attribute:<36}{before:10.4f}{after:10.4f}")
 
 
 if __name__ == "__main__":
-    launch(main, Config, QUICK)
+    launch(main, Config, RECIPES, QUICK)
