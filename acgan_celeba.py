@@ -1,29 +1,27 @@
 """ACGAN on faces with attributes: four adversarial losses, three norms of D, two conditions each of D and G.
 
-Odena et al. 2017 (auxiliary classifier); --loss: WGAN-GP (Gulrajani et al. 2017), weight clipping (Arjovsky et
-al. 2017), WGAN-div (Wu et al. 2018); projection: Miyato & Koyama 2018. --recipe r3gan has the relativistic
-pairing loss with R1 and R2 penalties (Huang et al. 2024), no norm in D, and projection.
+ACGAN: Odena et al. 2017; WGAN-GP: Gulrajani et al. 2017; weight clipping: Arjovsky et al. 2017; WGAN-div: Wu
+et al. 2018; projection: Miyato & Koyama 2018. --recipe r3gan has the relativistic pairing loss with R1 and R2
+penalties (Huang et al. 2024), no norm in D, and projection. Results: results/README.md.
 
     python acgan_celeba.py --quick                                # recipe r3gan, minutes on two CPU cores
     python acgan_celeba.py --d-norm spectral --d-cond projection  # the report's best of six variants, one GPU
-    python acgan_celeba.py --resume runs/acgan_celeba             # continue; or --sample, --eval a run
     python tools/sweep.py acgan_celeba.py variants                # all six, one table
-
-Results, with commands and hardware: results/README.md.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim import Adam, Optimizer
 
 import evaluator
-from common.blocks import EMA, autocast, cached_spectral_norm, init_dcgan, no_param_grads, random_flip_translate
+from common import blocks
+from common.blocks import EMA, autocast, init_dcgan, no_param_grads
 from common.datasets import Batches, Data, load_faces, pick_columns
 from common.files import UserError
 from common.losses import r1r2_penalty, rpgan
@@ -92,18 +90,14 @@ VARIANTS = {
 
 
 # ---------------------------------------------------------------------- networks
-
 def widths(ch: int, image_size: int) -> list[int]:
     """Feature maps at half the image's size, a quarter, … down to 4×4; at 128: 1, 2, 4, 8, 16 times ch."""
-    n = (image_size // 4).bit_length() - 1
-    return [16 * ch >> k for k in reversed(range(n))]
+    return [16 * ch >> k for k in reversed(range((image_size // 4).bit_length() - 1))]
 
 
 class Generator(nn.Module):
-    """z [B, z_dim], attributes y [B, A] of 0 and 1 → images [B, 3, S, S] in [-1, 1].
-
-    cond "maps": y joins the input of every layer, as A constant planes from the first ConvT on; "input": y
-    joins z only.
+    """z [B, z_dim], attributes y [B, A] of 0 and 1 → images [B, 3, S, S] in [-1, 1]. cond "input": y joins z
+    only; "maps": and the input of every ConvT, as A constant planes.
     """
 
     def __init__(self, n_attributes: int, z_dim: int, ch: int, image_size: int, cond: str):
@@ -116,7 +110,7 @@ class Generator(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in w)
         init_dcgan(self)
 
-    def forward(self, z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
         h = self.first(torch.cat([z, y], 1)).view(len(z), -1, 4, 4)  # [B, 16·ch, 4, 4]
         for norm, conv in zip(self.norms, self.convs, strict=True):
             h = F.relu(norm(h))
@@ -127,10 +121,9 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """images [B, 3, S, S], attributes y [B, A] → adversarial scores [B], attribute logits [B, A].
-
-    cond "concat": a linear layer on (features, y), as in the reference report; y only shifts the score.
-    "projection": ψ(h) + ⟨V y, h⟩ (Miyato & Koyama 2018, eq. 3). norm "spectral": on all layers but the attributes'.
+    """images [B, 3, S, S], attributes y [B, A] → adversarial scores [B], attribute logits [B, A]. cond
+    "concat": a linear layer on (features, y); "projection": ψ(h) + ⟨V y, h⟩ (Miyato & Koyama 2018, eq. 3).
+    norm "spectral": on all layers but the attributes'.
     """
 
     def __init__(self, n_attributes: int, ch: int, image_size: int, norm: str, cond: str):
@@ -148,23 +141,20 @@ class Discriminator(nn.Module):
             for layer in [*self.convs, self.score, *([self.embed] if self.projection else [])]:
                 spectral_norm(layer)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.leaky_relu(norm(conv(x)), 0.2)  # at 128: [B, ch, 64, 64], …, [B, 16·ch, 4, 4]
         h = x.flatten(1)  # [B, 256·ch]
+        score = self.score(h if self.projection else torch.cat([h, y], 1))[:, 0]
         if self.projection:
-            score = self.score(h)[:, 0] + (self.embed(y) * h).sum(1)
-        else:
-            score = self.score(torch.cat([h, y], 1))[:, 0]
+            score = score + (self.embed(y) * h).sum(1)
         return score, self.attributes(h)
 
 
 # ---------------------------------------------------------------------- losses; one step of D, one of G
-
-def gradient_norms(D: Callable, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+def gradient_norms(D: Callable, real: Tensor, fake: Tensor) -> Tensor:
     """‖∇D(x̂)‖₂ [B], over all values of x̂, a random point between each pair of real and fake [B, 3, S, S].
-
-    In fp32: in bf16, powers of small gradients would vanish. Batch norm in D takes the points' statistics.
+    In fp32: in bf16, powers of small gradients would vanish.
     """
     with torch.autocast(real.device.type, enabled=False):
         share = torch.rand(len(real), 1, 1, 1, device=real.device)
@@ -173,24 +163,22 @@ def gradient_norms(D: Callable, real: torch.Tensor, fake: torch.Tensor) -> torch
     return torch.linalg.vector_norm(gradients.flatten(1), dim=1)  # a square root would give NaN at norm 0
 
 
-def wgan_gp(D: Callable, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+def wgan_gp(D: Callable, real: Tensor, fake: Tensor) -> Tensor:
     """E[(‖∇D(x̂)‖₂ - 1)²] (Gulrajani et al. 2017, eq. 3)."""
     return (gradient_norms(D, real, fake) - 1).square().mean()
 
 
-def wgan_div(D: Callable, real: torch.Tensor, fake: torch.Tensor, k: float = 2, p: float = 6) -> torch.Tensor:
+def wgan_div(D: Callable, real: Tensor, fake: Tensor, k: float = 2, p: float = 6) -> Tensor:
     """k E[‖∇D(x̂)‖₂^p] (Wu et al. 2018, Algorithm 1)."""
     return k * gradient_norms(D, real, fake).pow(p).mean()
 
 
-def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor, y: torch.Tensor,
-           cfg: Config) -> dict[str, torch.Tensor]:
-    """Update D with real and generated images [B, 3, S, S] of the same attributes [B, A].
-
-    Reads cfg.loss, gp_weight, gamma, clip, aux_weight, precision.
+def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
+    """Update D with real and generated images [B, 3, S, S] of the same attributes [B, A]. Reads cfg.loss,
+    gp_weight, gamma, clip, aux_weight, precision.
     """
     penalty = real.new_zeros(())
-    with cached_spectral_norm(D):
+    with blocks.cached_spectral_norm(D):
         with autocast(real, cfg.precision):
             # two passes, because real and fake images each need their own batch-norm statistics
             (score_real, logits), (score_fake, _) = D(real, y), D(fake, y)
@@ -198,54 +186,47 @@ def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: t
             penalty = cfg.gp_weight * wgan_gp(lambda x: D(x, y)[0], real, fake)
         elif cfg.loss == "wgan-div":
             penalty = wgan_div(lambda x: D(x, y)[0], real, fake)
-        elif cfg.loss == "rpgan":  # of an eighth of the batch: an unbiased estimate, at an eighth of the cost
+        elif cfg.loss == "rpgan":  # an eighth of the batch gives an unbiased estimate, for less time
             y_some = y[::8].repeat(2, 1)
             penalty = cfg.gamma * r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
     score_real, score_fake = score_real.float(), score_fake.float()
-    aux_real = F.binary_cross_entropy_with_logits(logits.float(), y)  # of real images only
-    if cfg.loss == "rpgan":
-        loss = rpgan(score_real, score_fake)
-    else:  # the critic's, E[D(G(z))] - E[D(x)] (Arjovsky et al. 2017, eq. 2)
-        loss = score_fake.mean() - score_real.mean()
-    loss = loss + penalty + cfg.aux_weight * aux_real
+    aux = F.binary_cross_entropy_with_logits(logits.float(), y)  # of real images only
+    # WGAN's is E[D(G(z))] - E[D(x)] (Arjovsky et al. 2017, eq. 2)
+    loss = rpgan(score_real, score_fake) if cfg.loss == "rpgan" else score_fake.mean() - score_real.mean()
+    loss = loss + penalty + cfg.aux_weight * aux
     opt.zero_grad()
     loss.backward()
     dist.average_gradients(opt)
     opt.step()
     if cfg.loss == "wgan-clip":
-        with torch.no_grad():
-            for name, weight in D.named_parameters():
-                if not name.startswith("attributes"):  # which is not part of the critic
-                    weight.clamp_(-cfg.clip, cfg.clip)
+        for name, weight in D.named_parameters():
+            if not name.startswith("attributes"):  # the critic's weights
+                weight.data.clamp_(-cfg.clip, cfg.clip)
     return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean(), penalty=penalty,
-                aux_real=aux_real)
+                aux_real=aux)
 
 
-def g_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor, y: torch.Tensor,
-           cfg: Config) -> dict[str, torch.Tensor]:
-    """Update G by its images fake = G(z, y), still attached to it. Reads cfg.loss, aux_weight, precision.
-
-    Real images are used only by the relativistic loss.
+def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
+    """Update G by its images fake = G(z, y), still attached to it; real images are used only by the
+    relativistic loss. Reads cfg.loss, aux_weight, precision.
     """
-    with no_param_grads(D), cached_spectral_norm(D), autocast(real, cfg.precision):
+    with no_param_grads(D), blocks.cached_spectral_norm(D), autocast(real, cfg.precision):
         score, logits = D(fake, y)
         score_real = D(real, y)[0].float() if cfg.loss == "rpgan" else None
-    score, aux_fake = score.float(), F.binary_cross_entropy_with_logits(logits.float(), y)
-    loss = rpgan(score, score_real) if cfg.loss == "rpgan" else -score.mean()
-    loss = loss + cfg.aux_weight * aux_fake
+    score = score.float()
+    aux = F.binary_cross_entropy_with_logits(logits.float(), y)
+    loss = (rpgan(score, score_real) if cfg.loss == "rpgan" else -score.mean()) + cfg.aux_weight * aux
     opt.zero_grad()
     loss.backward()
     dist.average_gradients(opt)
     opt.step()
-    return dict(g_loss=loss, aux_fake=aux_fake)
+    return dict(g_loss=loss, aux_fake=aux)
 
 
 # ---------------------------------------------------------------------- attributes to generate, sample grids
-
-def sample_attributes(data: Data, n: int, g: torch.Generator, wanted: Sequence[int] = ()) -> torch.Tensor:
-    """Draw attributes [n, A]: uniform within each group; without groups, those of training images.
-
-    wanted: attributes that all have. Raises UserError if two are of one group.
+def sample_attributes(data: Data, n: int, g: torch.Generator, wanted: Sequence[int] = ()) -> Tensor:
+    """Draw attributes [n, A]: uniform within each group; without groups, those of training images. All have
+    the `wanted` ones; UserError if two of these are of one group.
     """
     if data.groups:
         picks = [F.one_hot(torch.randint(len(c), (n,), generator=g), len(c)) for c in data.groups]
@@ -259,7 +240,7 @@ def sample_attributes(data: Data, n: int, g: torch.Generator, wanted: Sequence[i
     return y
 
 
-def set_attribute(y: torch.Tensor, attribute: int, value: int, data: Data) -> torch.Tensor:
+def set_attribute(y: Tensor, attribute: int, value: int, data: Data) -> Tensor:
     """Attributes [N, A] with one set to `value`, and the others of its group to 0."""
     y = y.clone()
     y[:, next((list(columns) for columns in data.groups if attribute in columns), [])] = 0
@@ -277,20 +258,16 @@ def save_pictures(ema: EMA, data: Data, run: Run) -> None:
         save_grid(folder / "real_beside_generated.png",
                   real_above_generated(data.images[index], ema(z[:32], data.labels[index])),
                   f"{run.title}: training images, below each row generated ones with the same attributes")
-    # a row for each attribute: eight faces with it or, without groups, four without and with it
-    each = range(len(data.classes))
-    if data.groups:
-        what = "the same eight faces in each row, with one attribute set"
-        rows = [ema(z[:8], set_attribute(y[:8], a, 1, data)) for a in each]
-    else:
-        what = "four faces without one attribute, then with it"
-        rows = [ema(z[:4].repeat(2, 1), torch.cat([set_attribute(y[:4], a, value, data) for value in (0, 1)]))
-                for a in each]
+    rows, what = [], "the same eight faces in each row, with one attribute set"
+    for a in range(len(data.classes)):
+        rows.append(ema(z[:8], set_attribute(y[:8], a, 1, data)))
+        if not data.groups:
+            what = "four faces without one attribute, then with it"
+            rows[a][4:], rows[a][:4] = rows[a][:4].clone(), ema(z[:4], set_attribute(y[:4], a, 0, data))
     save_grid(folder / "attributes.png", torch.cat(rows), f"{run.title}: {what}", rows=data.classes)
 
 
 # ---------------------------------------------------------------------- training
-
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = run.get_data(load_faces)
@@ -301,40 +278,36 @@ def main(run: Run) -> None:
     D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_norm, cfg.d_cond)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     ema = EMA(G, cfg.ema)  # is sampled and scored
-    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
-    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
+    opt_g = Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
+    opt_d = Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
     run.register(data, cfg.loss, f"D {cfg.d_norm} norm, {cfg.d_cond}", f"G {cfg.g_cond}", f"ch {cfg.ch}",
                  G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
     scorer = evaluator.get_scorer(run, data)
-    g = torch.Generator().manual_seed(cfg.seed)
-    fixed = torch.randn(64, cfg.z_dim, generator=g), sample_attributes(data, 64, g)
     wanted = pick_columns(cfg.with_, data.classes, "the run", "--with") if cfg.with_ else []
 
-    def sample(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
         y = sample_attributes(data, n, g, wanted)
         return ema(torch.randn(n, cfg.z_dim, generator=g), y), y
-
-    def shuffled(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        return data.random_images(n, g)[0], sample_attributes(data, n, g)
 
     for step in run.steps():
         for k in range(cfg.n_dis):  # each step of D has its own images; G's step shares the last ones
             real, y = batches((step - 1) * cfg.n_dis + k)
             with autocast(real, cfg.precision):
                 fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
-            real, fake = (random_flip_translate(x, cfg.augment) for x in (real, fake))  # as D is given them
+            real, fake = (blocks.random_flip_translate(x, cfg.augment) for x in (real, fake))  # for D
             run.log(**d_step(D, opt_d, real, fake.detach(), y, cfg))
         run.log(**g_step(D, opt_g, real, fake, y, cfg))
         ema.update(step)
 
         if run.is_due("sample"):
-            run.log_images(ema(*fixed))
+            run.log_images(sample(64, torch.Generator().manual_seed(cfg.seed))[0])
         if scorer and run.is_due("eval"):
             run.log_scores(**scorer.validate(sample))
 
     # the best possible scores, and those of a G with perfect images that ignores the attributes
-    scale = {"training images": data.random_images, "their labels shuffled": shuffled}
-    evaluator.finish(run, data, scorer, sample, partial(save_pictures, ema, data, run), references=scale)
+    scale = {"training images": data.random_images, "their labels shuffled": lambda n, g: (
+        data.random_images(n, g)[0], sample_attributes(data, n, g))}
+    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), references=scale)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Concat-conditioned DCGAN on i-CLEVR: images of one to three requested objects.
 
-DCGAN: Radford et al. 2016; conditions as inputs of both networks: Mirza & Osindero 2014. --recipe r3gan learns
-the labels several times faster: projection (Miyato & Koyama 2018), the relativistic pairing loss with R1 and
-R2 penalties (Huang et al. 2024), no norm in D, and an auxiliary classifier (Odena et al. 2017).
-sngan_iclevr.py has the same data, scores and sample grids. Images are squeezed to a square, whole: cropped, as
+DCGAN: Radford et al. 2016; conditions as inputs of both networks: Mirza & Osindero 2014. --recipe r3gan
+learns the labels several times faster: projection (Miyato & Koyama 2018), the relativistic pairing loss with
+R1 and R2 penalties (Huang et al. 2024), no norm in D, and an auxiliary classifier (Odena et al. 2017).
+sngan_iclevr.py has the same data, scores and sample grids. Whole images are squeezed to a square: cropped, as
 in the reference report, they would lack objects that the labels name.
 
     python cdcgan_iclevr.py --quick                      # recipe r3gan, minutes on two CPU cores
@@ -14,13 +14,13 @@ in the reference report, they would lack objects that the labels name.
 Results, with commands and hardware: results/README.md.
 """
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
 import evaluator
 from common import losses
@@ -80,7 +80,6 @@ QUICK = dict(recipe="r3gan", iters=5000, batch_size=32, ch=32, n_scenes=4000, ju
 
 
 # ---------------------------------------------------------------------- networks
-
 def widths(ch: int, image_size: int) -> list[int]:
     """Feature maps at half the image's size, a quarter, … down to 4×4; at 64: 1, 2, 4, 8 times ch."""
     return [2**k * ch for k in range((image_size // 4).bit_length() - 1)]
@@ -101,7 +100,7 @@ class Generator(nn.Module):
                                     nn.ConvTranspose2d(ch, 3, 4, 2, 1), nn.Tanh())  # [B, 3, 64, 64]
         init_dcgan(self)
 
-    def forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         return self.layers(torch.cat([z, multi_hot(labels, self.n_classes)], 1)[..., None, None])
 
 
@@ -109,8 +108,8 @@ class Discriminator(nn.Module):
     """images [B, 3, S, S], labels [B, 3] → logits [B], real or generated, and the logits [B, n_classes] of an
     auxiliary classifier (Odena et al. 2017), if there is one; the sigmoid is in the losses.
 
-    cond "plane", as in the reference report: a linear layer turns the labels into a label map [B, 1, S, S], the
-    image's fourth channel. "projection": ⟨V y, h⟩ is added to the logits (Miyato & Koyama 2018, eq. 3).
+    cond "plane", as in the reference report: a linear layer makes a label map [B, 1, S, S] of the labels, the
+    image's fourth channel; "projection": ⟨V y, h⟩ is added to the logits (Miyato & Koyama 2018, eq. 3).
     """
 
     def __init__(self, n_classes: int, ch: int, image_size: int, cond: str, norm: str, classifier: bool):
@@ -134,7 +133,7 @@ class Discriminator(nn.Module):
         self.classify = nn.Linear(w[-1] * 4 * 4, n_classes) if classifier else None
         init_dcgan(self)
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         y = multi_hot(labels, self.n_classes)
         h = self.layers(torch.cat([x, self.plane(y)], 1) if self.plane else x)
         score = self.last(h).flatten()
@@ -144,8 +143,7 @@ class Discriminator(nn.Module):
 
 
 # ---------------------------------------------------------------------- one step of D, one of G
-
-def targets(cfg: Config, n: int, device: torch.device) -> torch.Tensor:
+def targets(cfg: Config, n: int, device: torch.device) -> Tensor:
     """D's targets for n real images (row 0) and n generated ones (row 1), [2, n]."""
     target = torch.stack([torch.ones(n, device=device), torch.zeros(n, device=device)])
     if cfg.smooth_labels:
@@ -156,20 +154,19 @@ def targets(cfg: Config, n: int, device: torch.device) -> torch.Tensor:
     return target
 
 
-def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor, y: torch.Tensor,
-           cfg: Config) -> dict[str, torch.Tensor]:
+def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
     """Update D with real and generated images [B, 3, S, S] of the same labels [B, 3].
 
     Reads cfg.loss, smooth_labels, flip_labels, gamma, aux_weight, precision.
     """
-    aux_real = penalty = real.new_zeros(())
+    aux = penalty = real.new_zeros(())
     with autocast(real, cfg.precision):
         # two passes, because real and fake images each need their own batch-norm statistics
         (score_real, logits), (score_fake, _) = D(real, y), D(fake, y)
     score_real, score_fake = score_real.float(), score_fake.float()
     if cfg.aux_weight:  # the classifier learns from real images only
-        aux_real = losses.aux_classification_loss(logits, y)
-    if cfg.gamma:  # of an eighth of the batch: an unbiased estimate of the penalty, at an eighth of the cost
+        aux = losses.aux_classification_loss(logits, y)
+    if cfg.gamma:  # an unbiased estimate of the penalty from an eighth of the batch, at an eighth of the cost
         y_some = y[::8].repeat(2, 1)
         penalty = losses.r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
     if cfg.loss == "rpgan":
@@ -178,62 +175,55 @@ def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: t
         target_real, target_fake = targets(cfg, len(real), real.device)
         loss = (F.binary_cross_entropy_with_logits(score_real, target_real)
                 + F.binary_cross_entropy_with_logits(score_fake, target_fake))
-    loss = loss + cfg.aux_weight * aux_real + cfg.gamma * penalty
+    loss = loss + cfg.aux_weight * aux + cfg.gamma * penalty
     opt.zero_grad()
     loss.backward()
     dist.average_gradients(opt)
     opt.step()
     return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean(),
-                penalty=penalty, aux_real=aux_real)
+                penalty=penalty, aux_real=aux)
 
 
-def g_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor, y: torch.Tensor,
-           cfg: Config) -> dict[str, torch.Tensor]:
+def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
     """Update G by its images fake = G(z, y), still attached to it. Reads cfg.loss, aux_weight, precision.
 
     Real images are used only by the relativistic loss. d_fake_updated: the mean of D(G(z, y)) after D's step.
     """
-    aux_fake = real.new_zeros(())
+    aux = real.new_zeros(())
     with no_param_grads(D), autocast(real, cfg.precision):
         score, logits = D(fake, y)
         score_real = D(real, y)[0].float() if cfg.loss == "rpgan" else None
     score = score.float()
     if cfg.aux_weight:
-        aux_fake = losses.aux_classification_loss(logits, y)
+        aux = losses.aux_classification_loss(logits, y)
     loss = losses.rpgan(score, score_real) if cfg.loss == "rpgan" else losses.nonsaturating_g(score)
-    loss = loss + cfg.aux_weight * aux_fake
+    loss = loss + cfg.aux_weight * aux
     opt.zero_grad()
     loss.backward()
     dist.average_gradients(opt)
     opt.step()
-    return dict(g_loss=loss, d_fake_updated=score.sigmoid().mean(), aux_fake=aux_fake)
+    return dict(g_loss=loss, d_fake_updated=score.sigmoid().mean(), aux_fake=aux)
 
 
 # ---------------------------------------------------------------------- sample grids
-
 def save_pictures(ema: EMA, data: Data, run: Run) -> None:
-    """Save grids: both test lists, real above generated, each object alone."""
+    """Save grids: both test lists, each object alone, and training images above generated ones."""
     g, null = torch.Generator().manual_seed(run.cfg.seed), len(data.classes)
-
-    def save(name: str, what: str, images: torch.Tensor, y: torch.Tensor) -> None:
-        save_grid(run.folder / f"{name}.png", images, f"{run.title}: {what}", captions=names_of(y, data.classes))
-
-    for name, y in data.test_label_sets.items():
+    alone = torch.tensor([[i, null, null] for i in range(null)])
+    for name, y in {**data.test_label_sets, "objects": alone}.items():
         images = ema(torch.randn(len(y), run.cfg.z_dim, generator=g), y)
-        save(name, f"{name}.json, requested objects below each image", images, y)
+        save_grid(run.folder / f"{name}.png", images, captions=names_of(y, data.classes),
+                  title=f"{run.title}: {name}, requested objects below each image")
     if len(data.images):
         index = torch.randint(len(data.images), (32,), generator=g)
-        images = ema(torch.randn(32, run.cfg.z_dim, generator=g), data.labels[index])
-        save("real_beside_generated", "training images, below each row generated ones with the same labels",
-             real_above_generated(data.images[index], images),
-             data.labels[index].view(4, 8, 3).repeat(1, 2, 1).view(64, 3))
-    y = torch.tensor([[i, null, null] for i in range(null)])
-    z = torch.randn(1, run.cfg.z_dim, generator=g).expand(null, -1)
-    save("objects", "each object alone, one z", ema(z, y), y)
+        y = data.labels[index]
+        images = real_above_generated(data.images[index], ema(torch.randn(32, run.cfg.z_dim, generator=g), y))
+        save_grid(run.folder / "real_beside_generated.png", images,
+                  f"{run.title}: training images, below each row generated ones with the same labels",
+                  captions=names_of(y.view(4, 8, 3).repeat(1, 2, 1).flatten(0, 1), data.classes))
 
 
 # ---------------------------------------------------------------------- training
-
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = run.get_data(load_iclevr)
@@ -245,14 +235,14 @@ def main(run: Run) -> None:
                       classifier=cfg.aux_weight > 0)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     ema = EMA(G, cfg.ema)  # is sampled and scored
-    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
-    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
+    opt_g = Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
+    opt_d = Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
     run.register(data, f"ch {cfg.ch}", G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
     scorer = evaluator.get_scorer(run, data)
     requested = data.test_label_sets["test"]
     fixed = torch.randn(len(requested), cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
 
-    def sample(n: int, g: torch.Generator, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(n: int, g: torch.Generator, y: Tensor) -> tuple[Tensor, Tensor]:
         return ema(torch.randn(n, cfg.z_dim, generator=g), y), y
 
     for step in run.steps():
@@ -262,7 +252,7 @@ def main(run: Run) -> None:
         real, y = batches(step - 1)
         with autocast(real, cfg.precision):
             fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
-        real, fake = (random_flip_translate(x, cfg.augment) for x in (real, fake))  # as D is given them
+        real, fake = (random_flip_translate(x, cfg.augment) for x in (real, fake))  # for D
         run.log(**d_step(D, opt_d, real, fake.detach(), y, cfg))
         run.log(**g_step(D, opt_g, real, fake, y, cfg))
         ema.update(step)
@@ -273,7 +263,7 @@ def main(run: Run) -> None:
             run.log_scores(**scorer.validate(sample))
 
     sets = label_sets(cfg.labels, data.classes) if cfg.labels else data.labels  # for --to
-    evaluator.finish(run, data, scorer, sample, partial(save_pictures, ema, data, run), labels=sets)
+    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), labels=sets)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ D, and the relativistic pairing loss with R1 and R2 penalties (Huang et al. 2024
 Results, with commands and hardware: results/README.md.
 """
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
 import evaluator
 from common import losses
@@ -61,7 +61,6 @@ QUICK = dict(recipe="r3gan", iters=8000, batch_size=64, hidden_dim=32, eval_imag
 
 
 # ---------------------------------------------------------------------- networks
-
 class Generator(nn.Sequential):
     """z [B, latent] → images [B, 1, 32, 32] in [-1, 1]."""
 
@@ -103,7 +102,7 @@ class Discriminator(nn.Sequential):
                       *([] if plain else [nn.BatchNorm1d(16 * h)]), nn.LeakyReLU(0.2),
                       nn.Linear(16 * h, 1)]
         else:
-            layers = [nn.Conv2d(1, h, 4, 2, 1), nn.LeakyReLU(0.2),  # [B, h, 16, 16]; no norm next to the image
+            layers = [nn.Conv2d(1, h, 4, 2, 1), nn.LeakyReLU(0.2),  # [B, h, 16, 16]; without norm
                       *down(h, 2 * h),  # [B, 2h, 8, 8]
                       *down(2 * h, 4 * h),  # [B, 4h, 4, 4]
                       nn.Conv2d(4 * h, 1, 4), nn.Flatten()]  # [B, 1]
@@ -112,15 +111,13 @@ class Discriminator(nn.Sequential):
 
 
 # ---------------------------------------------------------------------- one step of D, one of G
-
-def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
-           cfg: Config) -> dict[str, torch.Tensor]:
+def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, cfg: Config) -> dict:
     """Update D with real and generated images [B, 1, 32, 32]. Reads cfg.loss, gamma, precision."""
     with autocast(real, cfg.precision):
         # two passes, because real and fake images each need their own batch-norm statistics
         score_real, score_fake = D(real).float(), D(fake).float()
-    loss = losses.rpgan(score_real, score_fake) if cfg.loss == "rpgan" else losses.minimax_d(score_real, score_fake)
-    if cfg.gamma:  # of an eighth of the batch: an unbiased estimate of the penalty, at an eighth of the cost
+    loss = (losses.rpgan if cfg.loss == "rpgan" else losses.minimax_d)(score_real, score_fake)
+    if cfg.gamma:  # an unbiased estimate of the penalty from an eighth of the batch, at an eighth of the cost
         loss = loss + cfg.gamma * losses.r1r2_penalty(D, torch.cat([real[::8], fake[::8]]))
     opt.zero_grad()
     loss.backward()
@@ -129,8 +126,7 @@ def d_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: t
     return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean())
 
 
-def g_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
-           cfg: Config) -> dict[str, torch.Tensor]:
+def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, cfg: Config) -> dict:
     """Update G by its images fake = G(z), still attached to it. Reads cfg.loss, precision.
 
     Real images are used only by the relativistic loss. d_fake_updated: the mean of D(G(z)) after D's step.
@@ -146,7 +142,6 @@ def g_step(D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: t
 
 
 # ---------------------------------------------------------------------- sample grids
-
 def save_pictures(ema: EMA, data: Data, run: Run) -> None:
     """Save grids: samples, real beside generated, interpolation and extrapolation between two z."""
     cfg, folder, g = run.cfg, run.folder, torch.Generator().manual_seed(run.cfg.seed)
@@ -159,13 +154,12 @@ def save_pictures(ema: EMA, data: Data, run: Run) -> None:
     # z1 + i/9 (z2 - z1) for i = 0 … 9, then for i = -5 … 14
     z1, z2 = torch.randn(2, cfg.pairs, 1, cfg.latent_dim, generator=g)
     for name, first, last in (("interpolation", 0, 9), ("extrapolation", -5, 14)):
-        z = torch.lerp(z1, z2, torch.arange(first, last + 1)[:, None] / 9)  # [pairs, last - first + 1, latent]
+        z = torch.lerp(z1, z2, torch.arange(first, last + 1)[:, None] / 9)  # [pairs, columns, latent]
         save_grid(folder / f"{name}.png", ema(z.flatten(0, 1)),
                   f"{run.title}: z1 + i/9 (z2 - z1), i = {first} to {last}, a pair per row", nrow=z.shape[1])
 
 
 # ---------------------------------------------------------------------- training
-
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = run.get_data(load_digits, 32)
@@ -175,14 +169,14 @@ def main(run: Run) -> None:
     G = Generator(cfg.net, cfg.latent_dim, cfg.hidden_dim).to(device, memory_format=torch.channels_last)
     D = Discriminator(cfg.net, cfg.hidden_dim, cfg.d_norm).to(device, memory_format=torch.channels_last)
     ema = EMA(G, cfg.ema)  # is sampled and scored
-    opt_g = torch.optim.Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
-    opt_d = torch.optim.Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
+    opt_g = Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
+    opt_d = Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
     run.register(data, cfg.net, f"latent {cfg.latent_dim}", f"hidden {cfg.hidden_dim}",
                  G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
     scorer = evaluator.get_scorer(run, data)
     fixed = torch.randn(64, cfg.latent_dim, generator=torch.Generator().manual_seed(cfg.seed))
 
-    def sample(n: int, g: torch.Generator) -> tuple[torch.Tensor, None]:
+    def sample(n: int, g: torch.Generator) -> tuple[Tensor, None]:
         return ema(torch.randn(n, cfg.latent_dim, generator=g)), None
 
     for step in run.steps():
@@ -198,7 +192,7 @@ def main(run: Run) -> None:
         if scorer and run.is_due("eval"):
             run.log_scores(**scorer.validate(sample))
 
-    scores = evaluator.finish(run, data, scorer, sample, partial(save_pictures, ema, data, run), shown="last",
+    scores = evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), shown="last",
                               references={"training images": data.random_images})
     if scores:
         print("\nshare of each digit, %")  # shows a mode collapse

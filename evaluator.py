@@ -1,10 +1,9 @@
 """Judges and scores: do generated images show what was requested?
 
 A judge is a classifier trained on real (or synthetic) images, whose held-out accuracy is printed with every
-score. pretrained/judges/ holds those of the synthetic sets and MNIST; for another set a script trains one
-when it first needs it, and so does `python tools/train_judge.py scenes --data data/iclevr`. `--judge PATH`
-loads another, such as the i-CLEVR course's. "FD (judge)" is the Fréchet distance of a judge's features. It is
-not FID, which common/fid.py measures.
+score. pretrained/judges/ holds those of the synthetic sets and MNIST; for another set a script, or
+tools/train_judge.py, trains one. `--judge PATH` loads another, such as the i-CLEVR course's. "FD (judge)" is
+the Fréchet distance of a judge's features. It is not FID, which common/fid.py measures.
 """
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from common.files import UserError, atomic_write, reading, write_json
 from harness.cli import NotFinite
 from harness.pictures import save_images
 from harness.run import Run
+from synthetic.measures import count_digits
 
 JUDGES = Path("data") / "judges"  # trained here
 BUNDLED = Path(__file__).parent / "pretrained" / "judges"  # tools/train_judge.py makes these
@@ -31,7 +31,6 @@ Sampler = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 # ---------------------------------------------------------------------- judges
-
 class JudgeNet(ResNet):
     """torchvision's ResNet-18 with sigmoid outputs: at width 64 the layout of the i-CLEVR course's evaluator.
 
@@ -104,7 +103,7 @@ class Judge:
 
     @torch.no_grad()
     def read(self, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, FeatureStats]:
-        """Probabilities [N, n_classes], on the CPU, and statistics of the features. NotFinite for NaN images."""
+        """Probabilities [N, n_classes], on the CPU; the features' statistics. NotFinite for NaN images."""
         probabilities, stats = [], FeatureStats()
         for images in batches:
             images = images.to(next(self.net.parameters()).device)
@@ -180,8 +179,8 @@ def load_judge(path: Path, data: Data, device: torch.device) -> Judge:
 
 
 def train_judge(data: Data, width: int, steps: int, device: torch.device) -> nn.Module:
-    """Train a judge on the data's training part. AdamW, one-cycle learning rate; images are shifted, noised
-    and, except digits, mirrored. The global random state is left alone.
+    """Train a judge on the data's training part, with AdamW, a one-cycle learning rate, and images shifted,
+    noised and, except digits, mirrored. The global random state is left alone.
     """
     kind, (images, labels, _, _) = KINDS[data.domain], split(data)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -197,7 +196,8 @@ def train_judge(data: Data, width: int, steps: int, device: torch.device) -> nn.
             if len(order) < kind.batch:
                 order = torch.randperm(len(images)).to(device)
             i, order = order[:kind.batch], order[kind.batch:]
-            loss = kind.loss(net(augment(to_size(to_float(images[i]), net.size), kind.mirror)), target[i])
+            x = random_flip_translate(to_size(to_float(images[i]), net.size), 1 / 16, kind.mirror)
+            loss = kind.loss(net(x + 0.02 * torch.randn_like(x)), target[i])
             opt.zero_grad()
             loss.backward()
             opt.step()
@@ -226,14 +226,7 @@ def to_size(images: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
-def augment(x: torch.Tensor, mirror: bool) -> torch.Tensor:
-    """Shift each image by up to a sixteenth of its size, mirror it at random if wanted, add some noise."""
-    x = random_flip_translate(x, 1 / 16, mirror)
-    return x + 0.02 * torch.randn_like(x)
-
-
 # ---------------------------------------------------------------------- splits
-
 def split(data: Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Train/held-out split for the judge; for scenes, a fixed 10 % of the scenes is held out."""
     if data.scene is None:
@@ -267,7 +260,6 @@ def validation_sets(data: Data, n: int = 96) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------- measures of what a judge reads
-
 def count_objects(probabilities: torch.Tensor, labels: torch.Tensor, _groups: tuple = ()) -> dict[str, float]:
     """Accuracy as the i-CLEVR course defines it, and stricter views of it.
 
@@ -284,17 +276,6 @@ def count_objects(probabilities: torch.Tensor, labels: torch.Tensor, _groups: tu
         if (k == number).any():
             result[f"accuracy_{number}"] = (found[k == number].sum() / k[k == number].sum()).item()
     return result
-
-
-def count_digits(probabilities: torch.Tensor, labels: torch.Tensor | None = None, _groups=()) -> dict:
-    """How evenly the ten digits occur: "TV", the total-variation distance of their shares to uniform; "chi2",
-    Pearson's against uniform (9 degrees of freedom); "histogram", the shares [10]. With labels: "accuracy".
-    """
-    counts = probabilities.argmax(1).bincount(minlength=10).double()
-    n = counts.sum()
-    right = {} if labels is None else {"accuracy": (probabilities.argmax(1) == labels).float().mean().item()}
-    return right | {"chi2": ((counts - n / 10).square().sum() / (n / 10)).item(),
-                    "TV": ((counts / n - 0.1).abs().sum() / 2).item(), "histogram": counts / n}
 
 
 def decide(probabilities: torch.Tensor, groups: tuple[tuple[int, ...], ...]) -> torch.Tensor:
@@ -321,17 +302,10 @@ def count_attributes(probabilities: torch.Tensor, labels: torch.Tensor | None,
     return {"accuracy": right.mean().item(), "exact": exact, "by attribute": right.mean(0)}
 
 
-def attribute_names(data: Data) -> list[str]:
-    """What count_attributes' "by attribute" is of: each attribute, or each group as "first … last"."""
-    if not data.groups:
-        return list(data.classes)
-    return [f"{data.classes[columns[0]]} … {data.classes[columns[-1]]}" for columns in data.groups]
-
-
 KINDS = {
     "scenes": Kind(JudgeNet, "ResNet-18", 8, 32, True, F.binary_cross_entropy_with_logits,
-                   lambda ids, data: multi_hot(ids, len(data.classes)),
-                   count_objects, 500, ["accuracy test", "accuracy new_test"]),
+                   lambda ids, data: multi_hot(ids, len(data.classes)), count_objects, 500,
+                   ["accuracy test", "accuracy new_test"]),
     "digits": Kind(DigitNet, "digit CNN", 2, 64, False, F.cross_entropy, lambda labels, _: labels,
                    count_digits, 500, ["FD (judge)", "TV", "FID"]),
     "faces": Kind(JudgeNet, "ResNet-18", 8, 32, True, F.binary_cross_entropy_with_logits,
@@ -341,29 +315,22 @@ KINDS = {
 
 
 # ---------------------------------------------------------------------- scores of generated images
-
 def over_draws(measure: Callable[[torch.Generator], dict], draws: int, seed: int) -> dict[str, tuple]:
     """{score: (mean, standard deviation over draws)} of what measure(source of randomness) returns.
 
     Draw i has the same z for one seed, whatever the device; the global random state is left alone.
     """
     g = torch.Generator().manual_seed(seed)
-    runs = [measure(g) for _ in range(draws)]
-    return {key: mean_std([run[key] for run in runs]) for key in runs[0]}
-
-
-def mean_std(values: list) -> tuple:
-    """Mean and standard deviation over the first axis, as numbers or lists; of one value the latter is 0."""
-    values = torch.as_tensor(values) if not isinstance(values[0], torch.Tensor) else torch.stack(values)
-    std = values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
-    return values.mean(0).tolist(), std.tolist()
+    found = [measure(g) for _ in range(draws)]
+    values = {key: torch.stack([torch.as_tensor(run[key]) for run in found]) for key in found[0]}
+    std = {key: x.std(0) if draws > 1 else x[0] * 0 for key, x in values.items()}
+    return {key: (x.mean(0).tolist(), std[key].tolist()) for key, x in values.items()}
 
 
 def score(sample: Sampler, judge: Judge, n: int, draws: int, seed: int, groups: tuple = (),
           real: FeatureStats | None = None, labels: torch.Tensor | None = None) -> dict[str, tuple]:
-    """Score n generated images per draw: the measure of the judge's domain and, with `real`, "FD (judge)".
-
-    labels [n, …]: the labels to generate, else sample draws them.
+    """Score n generated images per draw, of labels [n, …] or else those that `sample` draws: the measure of
+    the judge's domain and, with `real`, "FD (judge)".
     """
     def once(g: torch.Generator) -> dict:
         requested = []
@@ -388,23 +355,22 @@ def score_sets(sample: Sampler, judge: Judge, sets: dict[str, torch.Tensor], dra
 
 
 def distance(a: FeatureStats, b: FeatureStats) -> float:
-    """Fréchet distance of two sets of features; FID if they are those of FID's network."""
+    """Fréchet distance of two sets of features."""
     return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def get_inception(weights: str, device: torch.device) -> Inception | None:
     """Load FID's Inception per --fid-weights; with "auto", return None (and say why) if unavailable."""
-    if weights == "none" or weights == "auto" and device.type == "cpu":
-        if weights == "auto":
-            print("FID: not measured on a CPU unless --fid-weights names the file of its network")
-        return None
-    try:
-        return load_inception(weights, device)
-    except UserError as error:
-        if weights != "auto":
-            raise
-        print(f"FID: not measured: {error}")
-        return None
+    if weights == "auto" and device.type == "cpu":
+        print("FID: not measured on a CPU unless --fid-weights names the file of its network")
+    elif weights != "none":
+        try:
+            return load_inception(weights, device)
+        except UserError as error:
+            if weights != "auto":
+                raise
+            print(f"FID: not measured: {error}")
+    return None
 
 
 @torch.no_grad()
@@ -447,7 +413,7 @@ class Scorer:
         return {"best": -columns["fd_judge"], **columns}
 
     def test(self, sample: Sampler, fid: bool = True) -> dict[str, tuple]:
-        """The scores to report, by held-out images or test lists, with other z than best.pt was chosen with."""
+        """The scores to report, of held-out images or test lists, by other z than best.pt was chosen by."""
         options = dict(draws=self.cfg.eval_draws, seed=self.cfg.seed + 1)
         if self.data.domain == "scenes":
             return score_sets(sample, self.judge, self.data.test_label_sets, **options)
@@ -466,7 +432,6 @@ def get_scorer(run: Run, data: Data) -> Scorer | None:
 
 
 # ---------------------------------------------------------------------- the end of every run
-
 def finish(run: Run, data: Data, scorer: Scorer | None, sample: Sampler, save_pictures: Callable[[], None],
            shown: str = "best", labels: torch.Tensor | None = None, columns: list[str] | None = None,
            references: dict[str, Sampler] | None = None, more: Callable[[], dict] = dict) -> dict[str, dict]:
@@ -496,17 +461,14 @@ def finish(run: Run, data: Data, scorer: Scorer | None, sample: Sampler, save_pi
 
 
 def report(run: Run, data: Data, judge: Judge, scores: dict[str, dict], columns: list[str]) -> None:
-    """Print the columns of scores {row: {score: (mean, std)}} as a table; write all of them to scores.json.
-
-    Its "summary" is the last row's columns.
-    """
+    """Print the columns of scores {row: {score: (mean, std)}} as a table; write all to scores.json."""
     cfg, images = run.cfg, ""
     about = {"data": data.name, "recipe": run.recipe, "judge": judge.title, "judge_held_out": judge.held_out,
              "draws": cfg.eval_draws, "seed": run.trained_seed}
     if data.test_images is not None:
         about |= {"n_real": len(data.test_images), "n_fake": cfg.eval_images}
         images = f"{cfg.eval_images:,} generated and {len(data.test_images):,} held-out images, "
-    print(f"\n{run.folder}: {data.name}, {run.recipe}, {images}{cfg.eval_draws} draws of z; judge: {judge.title}")
+    print(f"\n{run.folder}: {data.name}, {run.recipe}, {images}{cfg.eval_draws} draws; judge: {judge.title}")
     rows = {f"{name}.pt (step {row['step']})" if "step" in row else name: row for name, row in scores.items()}
     columns = [c for c in columns if any(c in row for row in rows.values())]
     first = max(map(len, rows)) + 2
@@ -515,7 +477,8 @@ def report(run: Run, data: Data, judge: Judge, scores: dict[str, dict], columns:
         cells = [f"{row[c][0]:.4f} ± {row[c][1]:.4f}" if c in row else "-" for c in columns]
         print(f"{name:<{first}}" + "".join(f"{c:>22}" for c in cells))
     if "by attribute" in row:
-        about["attributes"] = attribute_names(data)
+        groups = [f"{data.classes[columns[0]]} … {data.classes[columns[-1]]}" for columns in data.groups]
+        about["attributes"] = groups or list(data.classes)
         print(f"\naccuracy of each attribute: {', '.join(scores)}")
         for k, attribute in enumerate(about["attributes"]):
             print(f"{attribute:<36}" + "".join(f"{s['by attribute'][0][k]:10.4f}" for s in scores.values()))

@@ -1,13 +1,11 @@
 """InfoGAN on MNIST: codes that learn digit, slant and stroke width without labels (Chen et al. 2016).
 
 --recipe robust adds noise to all that D sees, and lets Q read the category from images whose stroke width,
-slant, size and place are changed at random, so that a category can't be one of these.
+slant, size and place are changed at random, so that it can't be one of these. Results: results/README.md.
 
     python infogan_mnist.py --quick                          # recipe robust, minutes on two CPU cores
-    python infogan_mnist.py --iters 70000                    # the paper's recipe, 150 epochs at 64×64, one GPU
+    python infogan_mnist.py --iters 70000                    # the paper's recipe at 64×64, one GPU
     python infogan_mnist.py --resume runs/infogan_mnist      # continue; --sample and --eval take a run too
-
-Results, with commands and hardware: results/README.md.
 """
 import json
 import math
@@ -20,7 +18,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
 import evaluator
 from common import losses
@@ -74,7 +73,6 @@ QUICK = dict(recipe="robust", iters=9000, batch_size=64, ch=32, image_size=32, e
 
 
 # ---------------------------------------------------------------------- networks
-
 def widths(ch: int, image_size: int) -> list[int]:
     """Feature maps at half the image's size, a quarter, … down to 4×4; at 64: 1, 2, 4, 8 times ch."""
     return [2**k * ch for k in range((image_size // 4).bit_length() - 1)]
@@ -104,13 +102,6 @@ class Body(nn.Sequential):
                          *(layer for i, o in pairwise(widths(ch, image_size)) for layer in down(i, o)))
 
 
-class DHead(nn.Sequential):
-    """[B, features, 4, 4] → logits [B, 1]; the sigmoid is in the loss."""
-
-    def __init__(self, features: int):
-        super().__init__(nn.Conv2d(features, 1, 4, bias=False), nn.Flatten())
-
-
 class QHead(nn.Module):
     """[B, features, 4, 4] → Q's estimate of the codes: logits [B, K], means and variances [B, C]."""
 
@@ -122,7 +113,7 @@ class QHead(nn.Module):
         self.mean = nn.Conv2d(10, n_continuous, 1)
         self.variance = nn.Conv2d(10, n_continuous, 1)
 
-    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = self.body(h)
         # at least 0.01, a standard deviation of a tenth: otherwise the likelihood grows without bound
         variance = F.softplus(self.variance(h).float()) + 0.01
@@ -130,33 +121,29 @@ class QHead(nn.Module):
 
 
 # ---------------------------------------------------------------------- one step of D, one of G and Q
-
-def join(z: torch.Tensor, category: torch.Tensor, continuous: torch.Tensor,
-         n_categories: int) -> torch.Tensor:
+def join(z: Tensor, category: Tensor, continuous: Tensor, n_categories: int) -> Tensor:
     """G's input [B, z_dim + K + C]: noise, the category [B] as a one-hot vector, continuous codes [B, C]."""
     one_hot = category[:, None] == torch.arange(n_categories, device=z.device)
     return torch.cat([z, one_hot.to(z.dtype), continuous], 1)
 
 
-def q_losses(estimate: tuple, category: torch.Tensor,
-             continuous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative lower bounds of the mutual information of codes and images (Chen et al. 2016, eq. 5): the
-    category's [B] cross-entropy; the continuous codes' [B, C] Gaussian negative log-likelihood, their mean.
+def q_losses(estimate: tuple, category: Tensor, continuous: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative lower bounds of the codes' mutual information with images (Chen et al. 2016, eq. 5): the
+    category's [B] cross-entropy; the continuous codes' [B, C] mean Gaussian negative log-likelihood.
     """
     logits, mean, variance = estimate
     nll = 0.5 * ((continuous - mean).square() / variance + variance.log() + math.log(2 * math.pi))
     return F.cross_entropy(logits, category), nll.mean()
 
 
-def instance_noise(x: torch.Tensor, std: float) -> torch.Tensor:
-    """Noise on all images that D sees (Sønderby et al. 2017), so that it can't win by details that G lacks."""
+def instance_noise(x: Tensor, std: float) -> Tensor:
+    """Add noise to images for D (Sønderby et al. 2017), which then can't win by details that G lacks."""
     return x + std * torch.randn_like(x) if std else x
 
 
-def random_affine(images: torch.Tensor, strength: float) -> torch.Tensor:
-    """Give each image [B, 1, S, S] another stroke width, slant, size and place; 0: unchanged.
-
-    The category read from such images can't be any of these, which are left to the continuous codes.
+def random_affine(images: Tensor, strength: float) -> Tensor:
+    """Give each image [B, 1, S, S] another stroke width, slant, size and place; 0: unchanged. A category that
+    is read from such images can't be any of these, which are left to the continuous codes.
     """
     if not strength:
         return images
@@ -171,8 +158,7 @@ def random_affine(images: torch.Tensor, strength: float) -> torch.Tensor:
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # black comes in from outside
 
 
-def d_step(body: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torch.Tensor, fake: torch.Tensor,
-           cfg: Config) -> dict[str, torch.Tensor]:
+def d_step(body: nn.Module, D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, cfg: Config) -> dict:
     """Update the body and D's head with real and generated images [B, 1, S, S]. Reads cfg.precision."""
     with autocast(real, cfg.precision):
         # two passes, because real and fake images each need their own batch-norm statistics
@@ -185,13 +171,12 @@ def d_step(body: nn.Module, D: nn.Module, opt: torch.optim.Optimizer, real: torc
     return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean())
 
 
-def g_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: torch.optim.Optimizer, fake: torch.Tensor,
-           changed: torch.Tensor, category: torch.Tensor, continuous: torch.Tensor,
-           cfg: Config) -> dict[str, torch.Tensor]:
+def g_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: Optimizer, fake: Tensor,
+           changed: Tensor, category: Tensor, continuous: Tensor,
+           cfg: Config) -> dict:
     """Update G and Q's head by images fake = G(codes), still attached to G; only D's step trains the body.
-
     Q reads the category from `changed`, the same images after random_affine. Reads cfg.q_weight, augment,
-    precision. d_fake_updated: the mean of D(G(codes)) after D's step.
+    precision.
     """
     with no_param_grads(body, D), autocast(fake, cfg.precision):
         h = body(fake)
@@ -209,16 +194,14 @@ def g_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: torch.optim.Optimiz
 
 
 # ---------------------------------------------------------------------- codes, sample grids
-
-def uniform(*shape: int, g: torch.Generator | None = None, device=None) -> torch.Tensor:
+def uniform(*shape: int, g: torch.Generator | None = None, device=None) -> Tensor:
     """U(-1, 1)"""
     return torch.rand(*shape, generator=g, device=device) * 2 - 1
 
 
 def grid_codes(cfg: Config, g: torch.Generator, rows: int, varied: int | None) -> tuple:
-    """Noise, categories and continuous codes of a grid, row by row, with one category per column.
-
-    varied: the code that goes from -1 to 1 down the rows, the others being 0; None: all are random.
+    """Noise, categories and continuous codes of a grid, row by row, with one category per column. The code
+    `varied` goes from -1 to 1 down the rows, the others being 0; None: all are random.
     """
     k = cfg.n_categories
     category = torch.arange(k).repeat(rows)
@@ -229,45 +212,38 @@ def grid_codes(cfg: Config, g: torch.Generator, rows: int, varied: int | None) -
     return uniform(k, cfg.z_dim, g=g).repeat(rows, 1), category, continuous
 
 
-def save_pictures(generate: Callable[..., torch.Tensor], data: Data, run: Run) -> None:
-    """Save grids of generate(z, category, continuous): samples, each continuous code varied, also within one
-    category, real above generated.
-    """
+def save_pictures(generate: Callable[..., Tensor], data: Data, run: Run) -> None:
+    """Save grids of generate(z, category, continuous): samples, each code varied, real above generated."""
     cfg, folder, g = run.cfg, run.folder, torch.Generator().manual_seed(run.cfg.seed)
-    columns = f"{run.title}: one category per column"
-    save_grid(folder / "samples.png", generate(*grid_codes(cfg, g, 10, None)),
-              f"{columns}, the other codes random", nrow=cfg.n_categories)
+    title, k = f"{run.title}: one category per column", cfg.n_categories
+    save_grid(folder / "samples.png", generate(*grid_codes(cfg, g, 10, None)), title, k)
     for c in range(cfg.n_continuous):
         save_grid(folder / f"code_{c + 1}.png", generate(*grid_codes(cfg, g, 10, c)),
-                  f"{columns}, code {c + 1} from -1 to 1 down the rows", nrow=cfg.n_categories)
+                  f"{title}, code {c + 1} from -1 to 1 down the rows", k)
         # eight noises, the code in steps of a fifth, to twice the range that G was trained with
         z = uniform(8, cfg.z_dim, g=g).repeat_interleave(21, 0)
         continuous = torch.zeros(len(z), cfg.n_continuous)
         continuous[:, c] = torch.linspace(-2, 2, 21).repeat(8)
         save_grid(folder / f"category_{cfg.category}_code_{c + 1}.png",
                   generate(z, torch.full((len(z),), cfg.category), continuous), nrow=21,
-                  title=f"{run.title}: category {cfg.category}, code {c + 1} from -2 to 2 (trained: middle 11)")
+                  title=f"{run.title}: category {cfg.category}, code {c + 1} from -2 to 2 (trained: -1 to 1)")
     if len(data.images):
-        real = data.random_images(4 * cfg.n_categories, g)[0]
-        pair = torch.cat([real, generate(*grid_codes(cfg, g, 4, None)).cpu()])
+        pair = torch.cat([data.random_images(4 * k, g)[0], generate(*grid_codes(cfg, g, 4, None)).cpu()])
         save_grid(folder / "real_beside_generated.png", pair,
-                  f"{run.title}: four rows of training images, four of generated ones", cfg.n_categories)
+                  f"{run.title}: four rows of training images, four of generated ones", k)
 
 
-def categories_of(cfg: Config, folder: Path) -> torch.Tensor:
+def categories_of(cfg: Config, folder: Path) -> Tensor:
     """The categories [K] that scores.json matches with --digit; all of them for "any". Raises UserError."""
     if cfg.digit == "any":
         return torch.arange(cfg.n_categories)
     with reading(folder / "scores.json", "the scores of this run, which --eval writes"):
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         digits, _ = match(torch.tensor(scores["last"]["shares"][0]))
-        if int(cfg.digit) not in digits:
-            raise ValueError(f"no category is matched with {cfg.digit}")
-    return torch.tensor([k for k, digit in enumerate(digits) if digit == int(cfg.digit)])
+        return torch.tensor([digits.index(int(cfg.digit))])  # ValueError where none is matched with it
 
 
 # ---------------------------------------------------------------------- training
-
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = run.get_data(load_digits, cfg.image_size)
@@ -276,22 +252,22 @@ def main(run: Run) -> None:
     torch.manual_seed(cfg.seed)
     features = widths(cfg.ch, cfg.image_size)[-1]
     G = Generator(cfg.z_dim + cfg.n_categories + cfg.n_continuous, cfg.ch, cfg.image_size)
-    body, D = Body(cfg.ch, cfg.image_size), DHead(features)
-    Q = QHead(features, cfg.n_categories, cfg.n_continuous)
-    G, body, D, Q = (init_dcgan(net).to(device, memory_format=torch.channels_last)
-                     for net in (G, body, D, Q))
+    body, Q = Body(cfg.ch, cfg.image_size), QHead(features, cfg.n_categories, cfg.n_continuous)
+    D = nn.Sequential(nn.Conv2d(features, 1, 4, bias=False), nn.Flatten())  # logits [B, 1]
+    for net in (G, body, D, Q):
+        init_dcgan(net).to(device, memory_format=torch.channels_last)
     ema = EMA(G, cfg.ema)  # is sampled and scored
-    opt_g = torch.optim.Adam([*G.parameters(), *Q.parameters()], cfg.lr_g, betas=(0.5, 0.999), fused=True)
-    opt_d = torch.optim.Adam([*body.parameters(), *D.parameters()], cfg.lr_d, betas=(0.5, 0.999), fused=True)
+    opt_g = Adam([*G.parameters(), *Q.parameters()], cfg.lr_g, betas=(0.5, 0.999), fused=True)
+    opt_d = Adam([*body.parameters(), *D.parameters()], cfg.lr_d, betas=(0.5, 0.999), fused=True)
     run.register(data, f"ch {cfg.ch}", G=G, body=body, D=D, Q=Q, ema=ema, opt_g=opt_g, opt_d=opt_d)
     scorer = evaluator.get_scorer(run, data)
     fixed = grid_codes(cfg, torch.Generator().manual_seed(cfg.seed), 10, None)
     allowed = categories_of(cfg, run.folder)  # all, or with --to those of --digit
 
-    def generate(z: torch.Tensor, category: torch.Tensor, continuous: torch.Tensor) -> torch.Tensor:
+    def generate(z: Tensor, category: Tensor, continuous: Tensor) -> Tensor:
         return ema(join(z, category, continuous, cfg.n_categories))
 
-    def sample(n: int, g: torch.Generator) -> tuple[torch.Tensor, None]:
+    def sample(n: int, g: torch.Generator) -> tuple[Tensor, None]:
         category = allowed[torch.randint(len(allowed), (n,), generator=g)]
         return generate(uniform(n, cfg.z_dim, g=g), category, uniform(n, cfg.n_continuous, g=g)), None
 
@@ -313,8 +289,7 @@ def main(run: Run) -> None:
         ema.update(step)
 
         if run.is_due("sample"):
-            run.log_images(generate(*fixed), ": one category per column, the other codes random",
-                           nrow=cfg.n_categories)
+            run.log_images(generate(*fixed), ": one category per column", nrow=cfg.n_categories)
         if scorer and run.is_due("eval"):
             codes = evaluator.over_draws(digits, 1, cfg.seed)
             run.log_scores(**scorer.validate(sample), accuracy_code=codes["code → digit"][0])
@@ -323,9 +298,9 @@ def main(run: Run) -> None:
         draws = dict(draws=cfg.eval_draws, seed=cfg.seed + 1)
         return evaluator.over_draws(digits, **draws) | evaluator.over_draws(effects, **draws)
 
-    scores = evaluator.finish(run, data, scorer, sample, partial(save_pictures, generate, data, run), "last",
-                              columns=["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)", "FID"],
-                              more=more)
+    columns = ["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)", "FID"]
+    scores = evaluator.finish(run, data, scorer, sample, lambda: save_pictures(generate, data, run), "last",
+                              columns=columns, more=more)
     if scores:
         shares = torch.tensor(scores["last"]["shares"][0])
         print("\ndigit of each category, and its share there: " + ", ".join(

@@ -17,7 +17,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
 import evaluator
 from common.blocks import autocast, init_dcgan
@@ -57,7 +58,6 @@ QUICK = dict(recipe="beta", iters=6000, ch=16, image_size=64, n_synthetic=4000, 
 
 
 # ---------------------------------------------------------------------- networks
-
 def widths(ch: int, image_size: int) -> list[int]:
     """Feature maps at half the image's size, a quarter, … down to 4×4; at 128: 1, 2, 4, 8, 16 times ch."""
     n = (image_size // 4).bit_length() - 1
@@ -94,19 +94,18 @@ class VAE(nn.Module):
         self.encoder = init_dcgan(encoder(z_dim, ch, image_size))
         self.decoder = init_dcgan(decoder(z_dim, ch, image_size))
 
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, S, S] → mean and log-variance of q(z | x), [B, z_dim] each."""
         return self.encoder(x).float().chunk(2, 1)
 
 
-def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(N(mean, variance) ‖ N(0, I)) in nats [B] (Kingma & Welling 2014, appendix B)."""
     return (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
 
 
 # ---------------------------------------------------------------------- one step
-
-def vae_step(vae: VAE, opt: torch.optim.Optimizer, x: torch.Tensor, cfg: Config) -> dict[str, torch.Tensor]:
+def vae_step(vae: VAE, opt: Optimizer, x: Tensor, cfg: Config) -> dict:
     """Update encoder and decoder with images [B, 3, S, S]. Reads cfg.kl_weight, precision."""
     with autocast(x, cfg.precision):
         mean, log_variance = vae.encode(x)
@@ -125,9 +124,8 @@ def vae_step(vae: VAE, opt: torch.optim.Optimizer, x: torch.Tensor, cfg: Config)
 
 
 # ---------------------------------------------------------------------- what the latent has learned
-
 @torch.no_grad()
-def encode_all(vae: VAE, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_all(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance [N, z_dim], on the CPU, of uint8 images [N, 3, S, S]."""
     device = next(vae.parameters()).device
     parts = [vae.encode(to_float(part.to(device))) for part in images.split(250)]
@@ -135,17 +133,17 @@ def encode_all(vae: VAE, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 @torch.no_grad()
-def decode_all(vae: VAE, z: torch.Tensor) -> torch.Tensor:
+def decode_all(vae: VAE, z: Tensor) -> Tensor:
     """Images [N, 3, S, S], on the CPU, of z [N, z_dim]."""
     device = next(vae.parameters()).device
     return torch.cat([vae.decoder(part.to(device)).cpu() for part in z.split(250)])
 
 
-def directions(vae: VAE, data: Data) -> torch.Tensor:
+def directions(vae: VAE, data: Data) -> Tensor:
     """For each attribute the mean latent of training images with it, minus that without it [A, z_dim]."""
     z, y = encode_all(vae, data.images)[0], data.labels
 
-    def mean(weight: torch.Tensor) -> torch.Tensor:  # weights [N, A] → [A, z_dim]
+    def mean(weight: Tensor) -> Tensor:  # weights [N, A] → [A, z_dim]
         return weight.T @ z / weight.sum(0).clamp(min=1)[:, None]
     return mean(y) - mean(1 - y)
 
@@ -211,7 +209,6 @@ def save_pictures(vae: VAE, data: Data, run: Run) -> None:
 
 
 # ---------------------------------------------------------------------- training
-
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
     data = run.get_data(load_faces, False)
@@ -219,13 +216,13 @@ def main(run: Run) -> None:
 
     torch.manual_seed(cfg.seed)
     vae = VAE(cfg.z_dim, cfg.ch, cfg.image_size).to(device, memory_format=torch.channels_last)
-    opt = torch.optim.Adam(vae.parameters(), cfg.lr, betas=(0.5, 0.9), fused=True)
+    opt = Adam(vae.parameters(), cfg.lr, betas=(0.5, 0.9), fused=True)
     run.register(data, f"ch {cfg.ch}", vae=vae, opt=opt)
     scorer = evaluator.get_scorer(run, data)
     fixed = torch.randn(16, cfg.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
 
     @torch.no_grad()
-    def sample(n: int, g: torch.Generator) -> tuple[torch.Tensor, None]:
+    def sample(n: int, g: torch.Generator) -> tuple[Tensor, None]:
         return vae.decoder(torch.randn(n, cfg.z_dim, generator=g).to(device)), None
 
     for step in run.steps():
@@ -243,7 +240,7 @@ def main(run: Run) -> None:
             run.log_scores(**scorer.validate(sample))
 
     vae.eval()
-    scores = evaluator.finish(run, data, scorer, sample, partial(save_pictures, vae, data, run),
+    scores = evaluator.finish(run, data, scorer, sample, lambda: save_pictures(vae, data, run),
                               columns=["FD (judge)", "FID", "FD of reconstructions", "MSE", "attributes kept",
                                        "attribute added"],
                               more=partial(score_reconstructions, vae, data, scorer))

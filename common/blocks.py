@@ -59,7 +59,7 @@ class EMA:
 
 
 def init_dcgan(net: nn.Module) -> nn.Module:
-    """Initialise weights with N(0, 0.02), batch norm's with N(1, 0.02), biases with 0 (Radford et al. 2016)."""
+    """Draw weights from N(0, 0.02), batch norm's from N(1, 0.02), set biases to 0 (Radford et al. 2016)."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, 0, 0.02)

@@ -88,3 +88,18 @@ def cached(path: Path, key, make: Callable[[], dict]) -> dict:
     except OSError as error:  # a folder that is read-only or full
         print(f"no cache written: {error}")
     return made
+
+
+@contextlib.contextmanager
+def lock(folder: Path):
+    """Hold the folder for this process; UserError if another has it. Windows lacks such locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):
+            import fcntl
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder} is in use: another process is training there") from None
+        yield

@@ -1,16 +1,16 @@
 """The command line: every field of a script's Config is a flag, and its trailing comment the help text."""
 import argparse
-import contextlib
 import dataclasses
 import inspect
 import json
-import os
+import math
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
+
+import torch
 
 from common.files import UserError, reading
 
@@ -18,11 +18,11 @@ ACTIONS = {"resume": "continue", "sample": "save pictures of", "eval": "score"}
 SPANS = "iters log_every sample_every eval_every save_every".split()
 ON_DEMAND = "to n labels with_ digit".split()  # for --sample RUN --to FOLDER only
 FREE_ON_RESUME = [*SPANS, *"lr lr_g lr_d device precision deterministic data".split()]
-FREE_ON_USE = [*"device precision data judge seed eval_draws eval_images fid_weights pairs category".split(),
-               *ON_DEMAND]
+FREE_ON_USE = [*ON_DEMAND, *"device precision data judge seed".split(),
+               *"eval_draws eval_images fid_weights pairs category".split()]
 LEAST = dict(batch_size=2, eval_images=2, judge_width=4, n_categories=2)  # minimum values other than 1
-LARGEST = 10**9  # a seed of 10¹³ would overflow
-BELOW_1 = "ema beta1 beta2 flip_labels".split()
+BELOW = dict(ema=1, beta1=1, beta2=1, flip_labels=1)
+LARGEST = {int: 10**9, float: math.inf}  # a seed of 10¹³ would overflow
 
 
 class NotFinite(Exception):
@@ -52,23 +52,22 @@ class Settings:
     n: int = 100  # with --to: number of images
 
     def __post_init__(self):
-        """Check types, also of a stored config, and ranges. UserError names the flag."""
+        """Check types (a config.json may have been edited) and ranges; UserError names the flag."""
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), get_args(f.type)
-            least = LEAST.get(f.name, int(f.type is int and f.default > 0 and not f.name.endswith("_every")))
-            most = LARGEST if f.type is int else 1 if f.name in BELOW_1 else sys.float_info.max
-            if value not in choices if choices else not isinstance(value, (int, f.type)[f.type is not float:]):
-                raise UserError(f"{flag(f.name)} {value!r}: must be {choices or f.type.__name__}")
-            if f.type in (int, float) and not (least <= value <= most and (value < 1 or most != 1)):
-                limit = f"at most {most:,}" if f.type is int else "below 1" if most == 1 else "finite"
-                raise UserError(f"{flag(f.name)} {value}: must be at least {least} and {limit}")
+            good = value in choices if choices else isinstance(value, f.type)
+            what = choices or f.type.__name__
+            if f.type in (int, float):
+                count = f.type is int and f.default > 0 and not f.name.endswith("_every")
+                least, below = LEAST.get(f.name, int(count)), BELOW.get(f.name, LARGEST[f.type])
+                good = isinstance(value, (int, f.type)) and least <= value < below
+                what = f"{f.type.__name__}, at least {least} and below {below:g}"
+            if not good:
+                raise UserError(f"{flag(f.name)} {value!r}: must be {what}")
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that raises UserError for a wrong command line."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -80,44 +79,41 @@ def flag(name: str) -> str:
 
 def parse(Config: type[Settings], recipes: dict[str, dict], quick: dict, description: str,
           argv: list[str] | None = None, script: Path | None = None):
-    """Parse the command line into (action, config, folder); raises UserError for anything that does not fit.
+    """Parse the command line into (action, config, folder of the run or None); UserError if it does not fit.
 
-    action is "train", "resume", "sample" or "eval"; folder is the run that the last three name, else None.
-    A value comes from the flags given, else --quick, else the recipe, else the field's default.
-    script: the file with Config, if Python can't tell.
+    action is "train", "resume", "sample" or "eval". A value comes from the flags given, else --quick, else
+    the recipe, else the field's default. script: the file with Config, if Python can't tell.
     """
     script = script or Path(inspect.getfile(Config))
     source = "".join(path.read_text(encoding="utf-8") for path in (script, Path(__file__)))
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", source, re.M))
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
-    preset = ", ".join(f"{name} {value}" for name, value in quick.items())
-    parser.add_argument("--quick", action="store_true", help=f"a short run for two CPU cores: {preset}")
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"a short run for two CPU cores: {quick}")
     group = parser.add_mutually_exclusive_group()
     for action, text in ACTIONS.items():
         group.add_argument(f"--{action}", metavar="RUN", help=f"{text} the run in this folder")
     for field in sorted(dataclasses.fields(Config), key=lambda f: f.name not in Config.__annotations__):
-        kind = field.type
-        if kind is bool:
+        options = dict(type=field.type, metavar=getattr(field.type, "__name__", "").upper())
+        if field.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
-        elif choices := get_args(kind):  # of a Literal
+        elif choices := get_args(field.type):  # of a Literal
             options = dict(type=type(choices[0]), choices=choices)
-        else:
-            options = dict(type=kind, metavar=kind.__name__.upper())
         text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
         parser.add_argument(flag(field.name), dest=field.name, help=text, **options)
     given = vars(parser.parse_args(argv))
-    use_quick = given.pop("quick", False)
+    chosen = (quick if given.pop("quick", False) else {}) | given
     action = next((action for action in ACTIONS if action in given), "train")
     odd = [name for name in ON_DEMAND if name in given]
     if odd and not (action == "sample" and given.get("to")):
         raise UserError(f"{flag(odd[0])} is for --sample RUN --to FOLDER, single images of a run")
     if action == "train":
-        chosen = (quick if use_quick else {}) | given
         return action, Config(**recipes[chosen.get("recipe", "paper")] | chosen), None
     folder = Path(given.pop(action))
-    if use_quick:
+    if chosen.keys() - given.keys() - {action}:
         raise UserError(f"--quick is for a new run; {folder} has its own settings")
-    cfg = stored_config(Config, folder, script.name, given, FREE_ON_RESUME if action == "resume" else FREE_ON_USE)
+    free = FREE_ON_RESUME if action == "resume" else FREE_ON_USE
+    cfg = stored_config(Config, folder, script.name, given, free)
     if action == "eval" and cfg.judge == "none":
         raise UserError("--eval needs a judge: use --judge auto, or name a checkpoint")
     return action, cfg, folder
@@ -125,9 +121,8 @@ def parse(Config: type[Settings], recipes: dict[str, dict], quick: dict, descrip
 
 def stored_config(Config: type[Settings], folder: Path, script: str, given: dict, free: list[str]):
     """The config of the run in `folder` with the given values, which may differ only in the `free` fields."""
-    path = folder / "config.json"
-    with reading(path, f"in the folder of a run, written by {script}"):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with reading(folder / "config.json", f"in the folder of a run, written by {script}"):
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         made_by, values, sessions = content["script"], dict(content["config"]), content["sittings"]
         commit = sessions[-1]["commit"] if sessions else "unknown"
     if made_by != script:
@@ -149,27 +144,12 @@ def exit_status(main: Callable[[], int | None]) -> int:
         if hasattr(stream, "reconfigure"):  # a notebook's can't
             stream.reconfigure(errors="replace")  # a character that the encoding lacks must not end a run
     try:
-        status = main() or 0
-        sys.stdout.flush()
-        return status
+        return main() or 0
     except Stopped as stopped:
         print(f"\n{stopped.args[0]}", file=sys.stderr)
         return 128 + stopped.args[1]
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # stdout's reader has exited
-        return 128 + 13
-    except (UserError, NotFinite, OSError, MemoryError, RuntimeError) as error:
-        text = str(error).split("\n")[0]
-        if isinstance(error, (MemoryError, RuntimeError)):
-            if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", text):
-                raise
-            text = f"not enough memory ({text[:120]}): use a smaller batch, width or image"
-        if int(os.environ.get("RANK", 0)):  # torchrun ends all at the first exit, and rank 0 is to tell
-            time.sleep(1)
-        else:
-            print(f"error: {text}", file=sys.stderr)
+    except (UserError, NotFinite, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: {str(error).splitlines()[0] if str(error) else 'out of memory'}", file=sys.stderr)
         return 3 if isinstance(error, NotFinite) else 2
-    finally:
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.flush()

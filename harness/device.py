@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import UserError
+from common.files import reading
 
 
 def pick_device(name: str, deterministic: bool = False) -> torch.device:
@@ -18,14 +18,11 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
     if deterministic:  # only kernels that give the same bits in each run
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    try:
+    with reading(f"--device {name}", "cpu, or a device that this torch and machine have"):
         device = torch.device(name)
         if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's: a GPU for each process
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--device {name} is not available ({reason}): use --device cpu") from None
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in matrix products
         torch.backends.cudnn.benchmark = not deterministic
@@ -36,16 +33,14 @@ def pick_precision(name: str, device: torch.device) -> str:
     """"fp32" or "bf16"; "auto" is bf16 where the hardware supports it natively."""
     on_cuda = device.type == "cuda"
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else "_bf16" in cpuinfo("flags")
-    if name == "bf16" and not fast:
-        print(f"*** --precision bf16 is slow on this {device.type} device, which only emulates it ***")
-    return ("bf16" if fast else "fp32") if name == "auto" else name
+    return name if name != "auto" else "bf16" if fast else "fp32"
 
 
 def cpuinfo(field: str) -> str:
     """A field of Linux's description of the first processor; "" elsewhere."""
-    with contextlib.suppress(OSError, TypeError):
-        return re.search(rf"^{field}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
-    return ""
+    info = Path("/proc/cpuinfo")
+    found = re.search(rf"^{field}\s*: (.*)", info.read_text(), re.M) if info.is_file() else None
+    return found[1].strip() if found else ""
 
 
 def hardware(device: torch.device) -> str:
@@ -57,8 +52,7 @@ def hardware(device: torch.device) -> str:
 
 def provenance(device: torch.device) -> dict[str, str]:
     """Commit, hardware and torch version, on which every score depends besides the settings."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    commit = "unknown"
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    return {"commit": commit, "hardware": hardware(device), "torch": str(torch.__version__)}
+    git, commit = "git describe --always --dirty --abbrev=10".split(), ""
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit or "unknown", "hardware": hardware(device), "torch": str(torch.__version__)}

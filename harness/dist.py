@@ -35,26 +35,21 @@ def process_group():
 
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Average gradients over all processes, before the optimiser's step; a no-op without torchrun."""
-    if world_size() == 1:
-        return
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    together = torch.cat([x.flatten() for x in gradients])
-    dist.all_reduce(together)
-    for x, mean in zip(gradients, (together / world_size()).split([x.numel() for x in gradients]), strict=True):
-        x.copy_(mean.view_as(x))
+    if world_size() > 1:
+        weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        together = torch.nn.utils.parameters_to_vector([p.grad for p in weights]) / world_size()
+        dist.all_reduce(together)
+        for p, mean in zip(weights, together.split([p.numel() for p in weights]), strict=True):
+            p.grad.copy_(mean.view_as(p))
 
 
 def all_reduce_max(number: int) -> int:
     """The largest of the processes' numbers; it waits for all of them."""
-    if world_size() == 1:
-        return number
-    found = torch.tensor(number)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.item()
+    return max(all_gather(number))
 
 
 def all_gather(x) -> list:
-    """Each process's x, in order of rank."""
+    """Each process's x, in order of rank; it waits for all of them."""
     found = [x] * world_size()
     if world_size() > 1:
         dist.all_gather_object(found, x)

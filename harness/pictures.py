@@ -1,4 +1,4 @@
-"""Pictures: grids with a title and captions, the GIF of a run's progress, curves of its metrics."""
+"""Grids with a title and captions, single images, the GIF of a run's progress, curves of its metrics."""
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -15,16 +15,14 @@ from common.files import atomic_write, write_json
 from harness.cli import Settings
 
 FONT_LACKS = str.maketrans({"×": "x", "→": "to", "…": "...", "·": " ", "–": "-", "±": "+-", "−": "-"})
-LINE = 14  # pixels a line of text takes
 OBJECT_SIZE = 11  # pixels a caption's glyph takes
 
 
 def save_grid(path: Path, images: torch.Tensor, title: str, nrow: int = 8, rows: Sequence[str] = (),
               captions: Sequence[Sequence[str]] = ()) -> Image.Image:
-    """Write images [N, 1 or 3, H, W] in [-1, 1] as one PNG, nrow to a line, under a title; return it, too.
-
-    rows: a label to the left of each line. captions: for each image the objects requested in it, such as
-    ["red cube", "blue sphere"], shown below it as a square, a circle or a cylinder of that colour.
+    """Write images [N, 1 or 3, H, W] in [-1, 1] as one PNG, nrow to a row, under a title; return it. rows: a
+    label for each row. captions: for each image the objects requested in it, such as ["red cube"], shown
+    below it as a square, a circle or a cylinder of that colour.
     """
     images = images.detach().cpu().float().clamp(-1, 1) / 2 + 0.5
     images = F.interpolate(images, scale_factor=max(1, math.ceil(64 / images.shape[-1])))  # pixel by pixel
@@ -36,13 +34,13 @@ def save_grid(path: Path, images: torch.Tensor, title: str, nrow: int = 8, rows:
     labels = [label.translate(FONT_LACKS) for label in rows]
     left = int(max(map(font.getlength, labels), default=-6)) + 6
     lines = textwrap.wrap(title.translate(FONT_LACKS), (left + pixels.width) // 6)  # 6 pixels a character
-    top = LINE * len(lines) + 2
+    top = 14 * len(lines) + 2
     canvas = Image.new("RGB", (left + pixels.width, top + pixels.height), "white")
     canvas.paste(pixels, (left, top))
     pen = ImageDraw.Draw(canvas)
-    pen.multiline_text((3, 0), "\n".join(lines), fill="black", font=font, spacing=LINE - 12)
+    pen.multiline_text((3, 0), "\n".join(lines), "black", font, spacing=2)
     for i, label in enumerate(labels):
-        pen.text((3, top + i * (tile + below) + tile // 2 - 6), label, fill="black", font=font)
+        pen.text((3, top + i * (tile + below) + tile // 2 - 6), label, "black", font)
     for i, objects in enumerate(captions):
         row, column = divmod(i, min(nrow, len(images)))
         x, y = left + column * tile + 2, top + row * (tile + below) + tile
@@ -60,13 +58,13 @@ def draw_object(pen: ImageDraw.ImageDraw, x: int, y: int, name: str) -> None:
         pen.rectangle((x, y, x + size, y + size), **style)
     elif shape == "sphere":
         pen.ellipse((x, y, x + size, y + size), **style)
-    else:  # the body, then the lid
+    else:
         pen.rounded_rectangle((x + 1, y, x + size - 1, y + size), 3, **style)
-        pen.ellipse((x + 1, y, x + size - 1, y + 3), **style)
+        pen.ellipse((x + 1, y, x + size - 1, y + 3), **style)  # the lid
 
 
 def real_above_generated(real: torch.Tensor, fake: torch.Tensor, nrow: int = 8) -> torch.Tensor:
-    """Pairs of lines for save_grid: nrow of the uint8 images `real`, below them as many of `fake`."""
+    """Pairs of rows for save_grid: nrow of the uint8 images `real`, below them as many of `fake`."""
     pairs = torch.stack([to_float(real).cpu(), fake.cpu()]).unflatten(1, (-1, nrow))
     return pairs.transpose(0, 1).flatten(0, 2)
 
@@ -80,20 +78,18 @@ def names_of(labels: torch.Tensor, classes: Sequence[str]) -> list[list[str]]:
 def save_images(sample: Callable[..., tuple], cfg: Settings, classes: Sequence[str] = (),
                 labels: torch.Tensor | None = None) -> None:
     """Write cfg.n PNGs to the new folder cfg.to and, if they have labels, labels.json, {file: names}.
-
-    sample(how many, source of randomness) → images [B, C, S, S] in [-1, 1] and labels for names_of, or None.
-    labels [K, …]: the labels to generate, cycled through, as sample's third argument; else it draws them.
+    sample(n, g[, labels]) → images [n, C, S, S] in [-1, 1] and their labels or None. labels [K, …] are cycled
+    through; else sample draws them.
     """
     folder, names, digits = Path(cfg.to), {}, len(str(cfg.n - 1))
     g = torch.Generator().manual_seed(cfg.seed)
-    for numbers in torch.arange(cfg.n).split(100):
-        part = () if labels is None else (labels[numbers % len(labels)],)
-        images, shown = sample(len(numbers), g, *part)
+    for part in torch.arange(cfg.n).split(100):
+        wanted = () if labels is None else (labels[part % len(labels)],)
+        images, shown = sample(len(part), g, *wanted)
         folder.mkdir(parents=True, exist_ok=True)
-        files = [f"{i:0{digits}}.png" for i in numbers.tolist()]
-        pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()
-        for file, image in zip(files, pixels, strict=True):
-            to_pil_image(image).save(folder / file)
+        files = [f"{i:0{digits}}.png" for i in part.tolist()]
+        for file, image in zip(files, images, strict=True):
+            to_pil_image(((image + 1) * 127.5).round().clamp(0, 255).byte().cpu()).save(folder / file)
         if shown is not None:
             names |= zip(files, names_of(shown, classes), strict=True)
     if names:
@@ -103,8 +99,6 @@ def save_images(sample: Callable[..., tuple], cfg: Settings, classes: Sequence[s
 
 def save_gif(path: Path, pictures: list[Path]) -> None:
     """An endless GIF of at most 60 of these PNGs, fewer if they are large; the last is shown longer."""
-    if not pictures:
-        return
     last = Image.open(pictures[-1]).convert("RGB")
     n = min(len(pictures), 60, max(10, 12_000_000 // (last.width * last.height)))
     chosen = [pictures[round(i * (len(pictures) - 1) / max(1, n - 1))] for i in range(n)]
@@ -121,25 +115,23 @@ PANELS = {"accuracy": ("accuracy", "tv"), "Fréchet distance": ("fd", "fid"),
 
 
 def save_curves(rows: list[dict], path: Path, title: str) -> None:
-    """Plot the columns of metrics.csv over the step; nothing without rows or without matplotlib."""
+    """Plot the columns of metrics.csv over the step; nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "seconds"))
-    if not names:
-        return
-    panel_of = {n: next(panel for panel, begins in PANELS.items() if n.startswith(begins)) for n in names}
-    panels = [panel for panel in PANELS if panel in panel_of.values()]
+    panels = {panel: [] for panel in PANELS}
+    for name in dict.fromkeys(name for row in rows for name in row if name not in ("step", "seconds")):
+        panels[next(panel for panel, begins in PANELS.items() if name.startswith(begins))].append(name)
+    panels = {panel: names for panel, names in panels.items() if names}
     figure = Figure(figsize=(8, 1 + 2.4 * len(panels)), layout="tight")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, ax in zip(panels, axes, strict=True):
-        for name in (name for name in names if panel_of[name] == panel):
+    for ax, (panel, names) in zip(axes, panels.items(), strict=True):
+        for name in names:
             points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
             ax.plot(*zip(*points, strict=True), marker="." if len(points) < 100 else None, label=name)
-        ax.set(ylabel=panel, yscale="log" if panel == "Fréchet distance" else "linear")
+        ax.set(ylabel=panel, xlabel="iteration", yscale="log" if panel == "Fréchet distance" else "linear")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     axes[0].set_title(title, fontsize=9)
-    axes[-1].set_xlabel("iteration")
     atomic_write(path, lambda p: figure.savefig(p, dpi=110))

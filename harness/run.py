@@ -1,11 +1,6 @@
-"""A run: its folder, checkpoints, metrics and sample grids, and how it stops. Nothing here computes a method.
-
-main(run) registers what a checkpoint holds, then loops over run.steps() and logs losses, images and scores:
-one path for training, --resume, --sample and --eval.
-"""
+"""A run: its folder, checkpoints, metrics and sample grids, and how it stops."""
 import contextlib
 import csv
-import itertools
 import json
 import math
 import os
@@ -22,7 +17,7 @@ import torch
 from torchvision.transforms.functional import pil_to_tensor
 
 from common.datasets import Data
-from common.files import TEMPORARY, UserError, atomic_write, load_verified, reading, write_json
+from common.files import TEMPORARY, UserError, atomic_write, load_verified, lock, reading, write_json
 from harness import dist
 from harness.cli import NotFinite, Settings, Stopped, exit_status, parse
 from harness.device import hardware, pick_device, pick_precision, provenance
@@ -36,7 +31,7 @@ SAMPLES = f"step_{'[0-9]' * 7}.png"  # other files in samples/ are not ours
 
 def launch(main: Callable[["Run"], None], Config: type[Settings], recipes: dict, quick: dict) -> None:
     """Call main(run) as the command line says, and leave with exit_status's status."""
-    script = Path(main.__code__.co_filename)  # as the module __main__ may be a profiler
+    script = Path(main.__code__.co_filename)  # the module __main__ may be a profiler
 
     def call() -> None:
         with dist.process_group():
@@ -52,18 +47,16 @@ class Run:
     def __init__(self, cfg: Settings, script: Path, action: str = "train", folder: Path | None = None,
                  recipes: dict[str, dict] | None = None):
         self.cfg, self.script, self.action, self.folder = cfg, script, action, folder
-        self.trains, self.is_main = action in ("train", "resume"), dist.rank() == 0
+        self.is_main = dist.rank() == 0
         self.wants_pictures = action != "eval" and self.is_main
         self.wants_scores = action != "sample" and self.is_main
         self.step, self.best, self.means, self.row, self.rows = 0, -math.inf, {}, {}, []
         self.looping, self.signal, self.warned, self.idle, self.writer = False, 0, set(), 0, None
-        if not self.trains and dist.world_size() > 1:
+        if action in ("sample", "eval") and dist.world_size() > 1:
             raise UserError(f"--{action} needs one process only: call it without torchrun")
         if target := cfg.to or cfg.out * (action == "train"):
             new_run_dir(target)  # an error now, not after the judge's training
-        default = {**vars(type(cfg)()), **(recipes or {}).get(cfg.recipe, {})}
-        changed = {k: getattr(cfg, k) for r in (recipes or {}).values() for k in r if getattr(cfg, k) != default[k]}
-        self.recipe = f"recipe {cfg.recipe}" + "".join(f", {k} {value}" for k, value in changed.items())
+        self.recipe = recipe_of(cfg, recipes or {})
         self.trained_seed, self.sessions = cfg.seed, []
         if folder:
             with reading(folder / "config.json", "the settings of a run"):
@@ -77,11 +70,11 @@ class Run:
         """load(cfg, …); for --sample without the images, the metadata in the checkpoint."""
         try:
             if not self.cfg.to:
-                if not self.is_main:  # rank 0 writes the cache first
-                    dist.all_reduce_max(0)
+                if not self.is_main:  # rank 0 writes the cache, the others read it
+                    dist.all_gather(None)
                 data = load(self.cfg, *args)
                 if self.is_main:
-                    dist.all_reduce_max(0)
+                    dist.all_gather(None)
                 return data
         except UserError as error:
             if self.action != "sample":
@@ -90,17 +83,13 @@ class Run:
         name = next((n for n in ("best", "last") if (self.folder / f"{n}.pt").exists()), "last")
         return Data.from_metadata(self._read(name)["data"])
 
-    # ------------------------------------------------------------------ checkpoints
-
     def register(self, data: Data, *parts: str, **tracked) -> None:
-        """Name what a checkpoint holds: objects with a state_dict. When resuming, load the newest into them.
-
-        parts: settings that belong in the titles of pictures. A damaged last.pt is passed over for the one
-        before it. Without any, training starts anew.
+        """Name what a checkpoint holds: objects with a state_dict. When resuming, load the newest into them,
+        or previous.pt if last.pt is damaged. parts: settings for the titles of pictures.
         """
         self.data, self.tracked, self.cfg.data = data, tracked, data.source
-        self.title = ", ".join([f"{self.script.stem} on {data.name}", self.recipe, *parts,
-                                f"seed {self.trained_seed}"])
+        about = [data.name, self.recipe, *parts, f"seed {self.trained_seed}"]
+        self.title = f"{self.script.stem} on {', '.join(about)}"
         if not self.is_main:  # all ranks start from the same weights; from here each draws its own noise
             torch.manual_seed(self.cfg.seed + dist.rank() * 1_000_003)
         if self.action != "resume":
@@ -109,16 +98,15 @@ class Run:
         if not names:
             print(f"*** {self.folder} has no checkpoint yet: training starts anew ***")
             return
-        for name in names:
-            try:
-                state = self.load(name, everything=True)
-                break
-            except UserError as error:
-                if name == names[-1]:
-                    raise
-                print(f"*** {error} ***")
-        if name != "last":
-            print(f"*** no good last.pt: resuming from {name}.pt, at iteration {state['step']} ***")
+        try:
+            state = self.load(names[0], everything=True)
+        except UserError as error:
+            if len(names) == 1:
+                raise
+            print(f"*** {error} ***")
+            names.remove("last")
+            state = self.load("previous", everything=True)
+        print(f"resuming from {names[0]}.pt, step {state['step']}")
         if state["step"] > self.cfg.iters:
             raise UserError(f"--iters {self.cfg.iters}: {self.folder} is already at {state['step']}")
         self.step, self.best, self.means = state["step"], state["best"], state["means"]
@@ -137,9 +125,10 @@ class Run:
         if not self.is_main:
             return
         state = {key: thing.state_dict() for key, thing in self.tracked.items()}
-        for path, x in tensors(state):
-            if not x.isfinite().all():
-                raise NotFinite(f"{path[1:]} is not finite at step {self.step}. {self._advice()}")
+        for key, values in state.items():
+            moments = [x for weight in values.get("state", {}).values() for x in weight.values()]  # Adam's
+            if not all(x.isfinite().all() for x in moments or values.values() if isinstance(x, torch.Tensor)):
+                raise NotFinite(f"{key} is not finite at step {self.step}. {self._advice()}")
         state |= dict(step=self.step, best=self.best, means=self.means, data=self.data.metadata(), rng=rng,
                       config=vars(self.cfg))
         previous = self.folder / "previous.pt" if name == "last" else None
@@ -160,37 +149,25 @@ class Run:
         A kept generator has "only" what is sampled from, which is enough unless `everything` is needed.
         """
         state = self._read(name)
-        keys = self.tracked if everything else state.get("only", self.tracked)
         with reading(self.folder / f"{name}.pt", "a checkpoint of this run"):
-            for key in keys:
+            for key in self.tracked if everything else state.get("only", self.tracked):
                 thing = self.tracked[key]
-                rates = [group["lr"] for group in getattr(thing, "param_groups", ())]
+                if isinstance(thing, torch.optim.Optimizer):  # learning rates as config.json has them now
+                    state[key]["param_groups"] = thing.state_dict()["param_groups"]
                 thing.load_state_dict(state[key])
-                for group, rate in zip(getattr(thing, "param_groups", ()), rates, strict=True):
-                    group["lr"] = rate  # as config.json has it now
             digest = state["data"]["digest"]
         if digest != self.data.digest:
             raise UserError(f"{self.cfg.data} does not hold the images that {self.folder} was trained on: "
                             "restore them, or name their new place with --data")
         return state
 
-    # ------------------------------------------------------------------ the loop
-
     def steps(self) -> Iterator[int]:
-        """Yield the remaining step numbers (none for --sample/--eval); after each step log and save when due.
-
-        Raises Stopped after a signal, and NotFinite for a loss that is not finite.
-        """
-        if not self.trains:
+        """Yield the remaining step numbers (none for --sample/--eval); log and save after each when due."""
+        if self.action in ("sample", "eval"):
             return
         with contextlib.ExitStack() as stack:
             if self.is_main:
-                parts = [self.script.stem, self.cfg.recipe * (self.cfg.recipe != "paper"),
-                         "synthetic" * (self.data.source == "synthetic")]
-                self.folder = self.folder or new_run_dir(self.cfg.out, "-".join(filter(None, parts)))
-                self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(lock(self.folder))
-                self._open()
+                self._open(stack)
             self.looping = True
             for step in range(self.step + 1, self.cfg.iters + 1):
                 self.step, self.is_best = step, False
@@ -207,7 +184,12 @@ class Run:
                     break
             self.looping = False
             if self.is_main:
-                self._finish_pictures()
+                try:
+                    if pictures := sorted((self.folder / "samples").glob(SAMPLES)):
+                        save_gif(self.folder / "progress.gif", pictures)
+                    save_curves(self.rows, self.folder / "curves.png", self.title)
+                except Exception as error:  # whatever is wrong with a picture or with matplotlib ends no run
+                    print(f"no progress.gif or no curves.png: {type(error).__name__}: {error}")
         if self.signal:
             command = join([self.script.name, "--resume", str(self.folder)])
             raise Stopped(f"stopped at step {self.step}; to continue: {command}", self.signal)
@@ -231,7 +213,7 @@ class Run:
         self.best = max(self.best, best)
 
     def log_images(self, images: torch.Tensor, what: str = "", **grid) -> None:
-        """Write samples/step_0000500.png, of images and grid as save_grid takes them; `what` ends its title."""
+        """Write samples/step_0000500.png of what save_grid takes; `what` ends its title."""
         if len(images) > 1 and images.std(0).mean() < SAME:
             self._warn("the generated images hardly differ from one another: G may have collapsed")
         path = self.folder / "samples" / f"step_{self.step:07}.png"
@@ -239,11 +221,13 @@ class Run:
         if self.writer:
             self.writer.add_image("samples", pil_to_tensor(picture), self.step)
 
-    # ------------------------------------------------------------------ the folder
-
-    def _open(self) -> None:
-        """Create the run folder, or roll an existing one back to the resumed step; write config.json."""
-        (self.folder / "samples").mkdir(exist_ok=True)
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        """Create and lock the run folder, or roll it back to the resumed step; write config.json."""
+        parts = [self.script.stem, self.cfg.recipe.replace("paper", ""),
+                 "synthetic" * (self.data.source == "synthetic")]
+        self.folder = self.folder or new_run_dir(self.cfg.out, "-".join(filter(None, parts)))
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        stack.enter_context(lock(self.folder))
         if (self.folder / "best.pt").exists() and self._read("best")["step"] > self.step:
             (self.folder / "best.pt").unlink()
             self.best = -math.inf
@@ -252,13 +236,13 @@ class Run:
             with reading(self.table, "the table of this run: repair it"), open(self.table, newline="") as f:
                 complete = (row for row in csv.DictReader(f) if None not in row.values())
                 self.rows = [row for row in complete if int(row["step"]) <= self.step]
+        before = float(self.rows[-1]["seconds"]) if self.rows else 0.0  # trained in earlier sessions
         (self.folder / "scores.json").unlink(missing_ok=True)
         for path in self.folder.rglob(f"{TEMPORARY}*"):  # half written when a run was killed
             path.unlink()
         for path in (self.folder / "samples").glob(SAMPLES):
             if int(path.stem[5:]) > self.step:
                 path.unlink()
-        self._write_table()
         self.sessions.append({"from_step": self.step, "command": join([self.script.name, *sys.argv[1:]]),
                               **provenance(self.device)})
         content = {"script": self.script.name, "config": vars(self.cfg), "sittings": self.sessions}
@@ -267,21 +251,10 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step)
         print(f"run: {self.folder}")
-        before = float(self.rows[-1]["seconds"]) if self.rows else 0.0  # trained in earlier sessions
         self.mark, self.started = (time.monotonic(), self.step), time.monotonic() - before
 
-    def _write_table(self) -> None:
-        columns = dict.fromkeys(["step", "seconds", *(name for row in self.rows for name in row)])
-
-        def write(path: Path) -> None:
-            with open(path, "w", newline="") as f:
-                table = csv.DictWriter(f, columns)
-                table.writeheader()
-                table.writerows(self.rows)
-        atomic_write(self.table, write)
-
     def _log(self) -> None:
-        """Add a row to metrics.csv: this step's scores and, if due, the losses' means. Print a status line."""
+        """Add this step's scores and, if due, the losses' means to metrics.csv; print a status line."""
         means = {}
         if self.means and self.is_due("log"):
             values = torch.stack([total / n for total, n in self.means.values()]).tolist()
@@ -293,7 +266,13 @@ class Run:
         found, self.row = means | self.row, {}
         self.rows.append({"step": self.step, "seconds": round(time.monotonic() - self.started, 3)}
                          | {name: f"{value:.6g}" for name, value in found.items()})
-        self._write_table()
+
+        def write(path: Path) -> None:
+            with open(path, "w", newline="") as f:
+                table = csv.DictWriter(f, dict.fromkeys(name for row in self.rows for name in row))
+                table.writeheader()
+                table.writerows(self.rows)
+        atomic_write(self.table, write)
         for name, value in found.items():
             if self.writer:
                 self.writer.add_scalar(name, value, self.step)
@@ -308,36 +287,24 @@ class Run:
         values = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
         line, end = f"step {self.step}/{iters}  {rate:.2f} it/s  {left} left  {values}", "\n"
         if sys.stdout.isatty():
-            line = f"\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K"
-            end = "" if left else "\n"
+            line, end = f"\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K", "" if left else "\n"
         self._say(line, end)
 
     def _say(self, line: str, end: str = "\n") -> None:
-        """Print within the loop, where a closed pipe must stop the run only after its state is saved."""
         try:
             print(line, end=end, flush=True)
-        except BrokenPipeError:
+        except BrokenPipeError:  # stdout's reader has exited: stop, but only after the state is saved
             self.signal = self.signal or 13  # SIGPIPE
 
     def _warn(self, what: str) -> None:
-        """Print a warning, once."""
-        if what not in self.warned:
+        if what not in self.warned:  # once
             self.warned.add(what)
             self._say(f"\n*** step {self.step}: {what} ***")
 
     def _advice(self) -> str:
-        """What to do about values that are not finite."""
         if (self.folder / "last.pt").exists():
             return f"last.pt keeps the last good state: try --resume {self.folder} with a lower learning rate"
         return "There is no checkpoint yet: try a lower learning rate"
-
-    def _finish_pictures(self) -> None:
-        """Write the GIF and the curves; whatever is wrong with a picture or with matplotlib ends no run."""
-        try:
-            save_gif(self.folder / "progress.gif", sorted((self.folder / "samples").glob(SAMPLES)))
-            save_curves(self.rows, self.folder / "curves.png", self.title)
-        except Exception as error:
-            print(f"no progress.gif or no curves.png: {type(error).__name__}: {error}")
 
     def __enter__(self):
         """A signal stops the loop after its iteration; a second one, or one outside of the loop, at once."""
@@ -355,34 +322,19 @@ class Run:
             signal.signal(s, handler)
 
 
-def tensors(values, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors within nested dicts and lists, each with its path, such as ".opt_g.state.0.exp_avg"."""
-    if isinstance(values, torch.Tensor):
-        yield path, values
-    elif isinstance(values, (dict, list)):
-        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-            yield from tensors(value, f"{path}.{key}")
-
-
-@contextlib.contextmanager
-def lock(folder: Path):
-    """Hold the folder for this process; UserError if another has it. Windows lacks such locks."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError):
-            import fcntl
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder} is in use: another process is training there") from None
-        yield
+def recipe_of(cfg: Settings, recipes: dict[str, dict]) -> str:
+    """The recipe's name and its fields that are set to other values: "recipe r3gan, loss hinge"."""
+    expected = vars(type(cfg)()) | recipes.get(cfg.recipe, {})
+    fields = dict.fromkeys(name for recipe in recipes.values() for name in recipe)
+    changed = [f", {name} {getattr(cfg, name)}" for name in fields if getattr(cfg, name) != expected[name]]
+    return f"recipe {cfg.recipe}{''.join(changed)}"
 
 
 def new_run_dir(out: str, name: str = "") -> Path:
     """The folder `out`, else the first free one of runs/NAME, runs/NAME-2, …; UserError if it holds files."""
-    numbered = (Path(f"runs/{name}-{n}" if n > 1 else f"runs/{name}") for n in itertools.count(1))
-    folder = Path(out) if out else next(path for path in numbered if not path.exists())
+    folder, n = Path(out or f"runs/{name}"), 1
+    while not out and folder.exists():
+        folder, n = Path(f"runs/{name}-{n + 1}"), n + 1
     if out and (folder.is_file() or any(p.is_file() for p in folder.rglob("[!.]*"))):
         raise UserError(f"{out} already exists, and its files are never overwritten: choose another folder, "
                         "or continue a run with --resume")

@@ -1,4 +1,4 @@
-"""Measures of digits: slant, stroke width, and how InfoGAN's codes control them."""
+"""Measures of digits: shares, slant, stroke width, and how InfoGAN's codes control them."""
 from collections.abc import Callable
 
 import torch
@@ -24,6 +24,17 @@ def slant_and_width(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     edge = ((padded[:, 1:, :-1] - padded[:, :-1, :-1]).square()
             + (padded[:, :-1, 1:] - padded[:, :-1, :-1]).square()).sqrt().sum((1, 2))
     return slant, 2 * mass / edge * 28 / ink.shape[-1]
+
+
+def count_digits(probabilities: torch.Tensor, labels: torch.Tensor | None = None, _groups=()) -> dict:
+    """How evenly the ten digits occur: "TV", the total-variation distance of their shares to uniform; "chi2",
+    Pearson's against uniform (9 degrees of freedom); "histogram", the shares [10]. With labels: "accuracy".
+    """
+    counts = probabilities.argmax(1).bincount(minlength=10).double()
+    n = counts.sum()
+    right = {} if labels is None else {"accuracy": (probabilities.argmax(1) == labels).float().mean().item()}
+    return right | {"chi2": ((counts - n / 10).square().sum() / (n / 10)).item(),
+                    "TV": ((counts / n - 0.1).abs().sum() / 2).item(), "histogram": counts / n}
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

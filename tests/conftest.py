@@ -7,8 +7,10 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: a thread for each of the two workers
     os.environ["OMP_NUM_THREADS"] = "1"
 import importlib
+import io
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,15 +66,16 @@ def script(name: str, *args: str, cwd: Path) -> str:
 
 def run_here(name: str, action: str = "train", folder: str | Path | None = None, **fields) -> Path:
     """Call a script's main in this process and the working directory there is; returns the run's folder."""
-    from common.cli import FREE_ON_RESUME, FREE_ON_USE, stored_config
-    from common.run import Run
+    from harness.cli import FREE_ON_RESUME, FREE_ON_USE, stored_config
+    from harness.run import Run
     module = importlib.import_module(name)
     if action == "train":
-        cfg = module.Config(**TINY[name] | fields)
+        fields = TINY[name] | fields
+        cfg = module.Config(**module.RECIPES[fields.get("recipe", "paper")] | fields)
     else:
         free = FREE_ON_RESUME if action == "resume" else FREE_ON_USE
         cfg = stored_config(module.Config, Path(folder), f"{name}.py", fields, free)
-    with Run(cfg, Path(module.__file__), action, Path(folder) if folder else None) as run:
+    with Run(cfg, Path(module.__file__), action, Path(folder) if folder else None, module.RECIPES) as run:
         module.main(run)
     return run.folder
 
@@ -207,23 +210,27 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def refuses(tmp_path, monkeypatch, capsys):
-    """Calls a script with a command line; expects status 2, one error line, and an untouched folder."""
-    from common import run
+def call(name: str, *argv) -> tuple[int, str, str]:
+    """Call a script in this process with a command line; its exit status, output and errors."""
+    from harness.run import launch
+    module, out, err = importlib.import_module(name), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr("sys.argv", [f"{name}.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as left:
+            launch(module.main, module.Config, module.RECIPES, module.QUICK)
+    return left.value.code, out.getvalue(), err.getvalue()
 
+
+@pytest.fixture
+def refuses(tmp_path):
+    """Calls a script with a command line; expects status 2, one error line, and an untouched folder."""
     def files() -> dict:
         return {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and "cache" not in str(p)}
 
     def check(name, *argv, message):
-        module = importlib.import_module(name)
-        monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, argv)])
         before = files()
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            run.launch(module.main, module.Config, module.QUICK)
-        error = capsys.readouterr().err
-        assert left.value.code == 2, error
+        status, _, error = call(name, *argv)
+        assert status == 2, error
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
         assert files() == before
 

@@ -1,4 +1,4 @@
-"""Blocks against torch's own layers or a formula written out."""
+"""Common blocks, and SNGAN's networks, against torch's own layers or a formula written out."""
 import copy
 import math
 from itertools import pairwise
@@ -31,13 +31,15 @@ def randomise_norms(net: nn.Module) -> None:
                 nn.init.normal_(table.weight[:NULL], 0, 0.5)
 
 
+# ---------------------------------------------------------------------- spectral norm
+
 def test_spectral_norm_reaches_one_on_every_layer_of_d_but_the_joining_one():
-    D = Discriminator(NULL, 4, 32, "resnet", "spectral", "linear")
+    D = Discriminator(NULL, 4, 32, "resnet", "spectral", "linear", classifier=True)
     kinds = (nn.Conv2d, nn.Linear, nn.Embedding)
     weighted = {name: m for name, m in D.named_modules() if isinstance(m, kinds)}
     assert len(weighted) == 3 * 4 + 4  # four blocks of three convolutions; linear, embed, join, classify
     for _ in range(60):
-        with blocks.normed_once(D):
+        with blocks.cached_spectral_norm(D):
             pass
     for name, module in weighted.items():
         norm = torch.linalg.matrix_norm(module.weight.flatten(1), 2).item()
@@ -59,42 +61,38 @@ def test_initialisation_is_not_lost_under_spectral_norm():
 
 
 def test_weights_are_normed_once_per_update_and_take_gradients():
-    D = Discriminator(NULL, 2, 32, "resnet", "spectral", "sum")
+    D = Discriminator(NULL, 2, 32, "resnet", "spectral", "sum", classifier=True)
     other = copy.deepcopy(D)
     x, y = torch.randn(4, 3, 32, 32), torch.randint(25, (4, 3))
-    with blocks.normed_once(D):
+    with blocks.cached_spectral_norm(D):
         (score, logits), (more, _) = D(x[:2], y[:2]), D(x[2:], y[2:])
         twice = torch.cat([score, more])
         (twice.sum() + logits.sum()).backward()
     assert all(p.grad.any() for p in D.parameters())
-    with blocks.normed_once(other):
+    with blocks.cached_spectral_norm(other):
         once, _ = other(x, y)
     torch.testing.assert_close(twice, once)
     for a, b in zip(D.buffers(), other.buffers(), strict=True):
         assert torch.equal(a, b)
-    with blocks.normed_once(D):
+    with blocks.cached_spectral_norm(D):
         pass
     assert not all(torch.equal(a, b) for a, b in zip(D.buffers(), other.buffers(), strict=True))
 
+
+# ---------------------------------------------------------------------- SNGAN's blocks
 
 def test_conditional_batch_norm_is_its_formula():
     norm = sngan.ConditionalBatchNorm(5, NULL)
     randomise_norms(norm)
     x = torch.randn(4, 5, 3, 3)
     ids = torch.tensor([[1, 2, 3], [4, 5, NULL], [6, NULL, NULL], [NULL, NULL, NULL]])
-    out = norm(x, ids)
-    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
+    out, plain = norm(x, ids), F.batch_norm(x, None, None, training=True)
     for b in range(4):
         gain, bias = norm.gamma.clone(), norm.beta.clone()
         for i in ids[b].tolist():
             if i != NULL:
                 gain, bias = gain + norm.gain.weight[i], bias + norm.bias.weight[i]
-        expected = (x[b] - mean[0]) / (var[0] + 1e-5).sqrt() * gain[:, None, None] + bias[:, None, None]
-        torch.testing.assert_close(out[b], expected)
-    plain = nn.BatchNorm2d(5)
-    plain.load_state_dict({"weight": norm.gamma, "bias": norm.beta, "running_mean": torch.zeros(5),
-                           "running_var": torch.ones(5), "num_batches_tracked": torch.tensor(0)})
-    torch.testing.assert_close(out[3], plain(x)[3])
+        torch.testing.assert_close(out[b], plain[b] * gain[:, None, None] + bias[:, None, None])
 
 
 def test_up_block_is_the_paper_s_order_of_layers():
@@ -120,6 +118,12 @@ def test_down_block_is_the_paper_s_order_of_layers(first):
 
 # ---------------------------------------------------------------------- labels in G and in D
 
+def test_label_sets_become_multi_hot():
+    found = blocks.multi_hot(torch.tensor([[3, 24, 24], [0, 5, 23], [1, 2, 24], [4, 4, 24]]), 24)
+    assert found.shape == (4, 24) and found.max() == 1
+    assert [row.nonzero()[:, 0].tolist() for row in found] == [[3], [0, 5, 23], [1, 2], [4]]
+
+
 def test_labels_are_a_set_to_g():
     G = Generator(NULL, 8, 4, 32)
     randomise_norms(G)
@@ -133,7 +137,7 @@ def test_labels_are_a_set_to_g():
 
 @pytest.mark.parametrize("net, label_embed", [("resnet", "linear"), ("resnet", "sum"), ("cnn", "sum")])
 def test_d_s_score_is_its_formula_and_null_labels_add_exactly_zero(net, label_embed):
-    D = Discriminator(NULL, 4, 32, net, "spectral", label_embed).eval()
+    D = Discriminator(NULL, 4, 32, net, "spectral", label_embed, classifier=True).eval()
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([[1, 9, NULL], [3, 4, 5]])
     h, vectors = D.layers(x), D.embed(y)
     h = F.leaky_relu(h).sum((2, 3)) if net == "resnet" else h.flatten(1)
@@ -147,23 +151,30 @@ def test_d_s_score_is_its_formula_and_null_labels_add_exactly_zero(net, label_em
     assert torch.equal(D(x, torch.full((2, 3), NULL))[0], D.linear(h)[:, 0])
 
 
-def test_full_size_has_the_widths_of_the_write_up_and_images_have_the_size_asked():
-    G, D = Generator(NULL, 128, 64, 64), Discriminator(NULL, 64, 64, "resnet", "spectral", "linear")
+def test_networks_have_the_report_s_widths_and_the_size_asked_for():
+    G = Generator(NULL, 128, 64, 64)
+    D = Discriminator(NULL, 64, 64, "resnet", "spectral", "linear", classifier=False)
     assert G.first.weight.shape == (16 * 64 * 4 * 4, 128)
     assert [b.conv1.weight.shape[:2] for b in G.blocks] == [(512, 1024), (256, 512), (128, 256), (64, 128)]
     widths = [64, 64, 128, 256, 512, 1024]
     assert [b.conv2.weight.shape[:2] for b in D.layers] == [(o, i) for i, o in pairwise(widths)]
     assert D.embed.weight.shape == (25, 1024) and D.join.weight.shape == (1024, 3 * 1024)
     for size in (32, 64, 128):
-        x = Generator(NULL, 8, 2, size)(torch.randn(3, 8), torch.randint(25, (3, 3)))
+        y = torch.randint(25, (3, 3))
+        x = Generator(NULL, 8, 2, size)(torch.randn(3, 8), y)
         assert x.shape == (3, 3, size, size) and x.abs().max() <= 1
+        for net, norm in (("resnet", "none"), ("cnn", "spectral"), ("cnn", "none")):
+            D = Discriminator(NULL, 2, size, net, norm, "sum", classifier=True)
+            assert [out.shape for out in D(x, y)] == [(3,), (3, 24)] and D.join is None
+            normed = [name for name, _ in D.named_parameters() if "original" in name]
+            assert len(normed) == (norm == "spectral") * (len(D.layers) // 2 + 3)
 
 
-# ---------------------------------------------------------------------- the average of G
+# ---------------------------------------------------------------------- the average of G, moved images
 
-def test_the_average_is_its_recurrence():
+def test_ema_is_its_recurrence():
     G = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    ema, expected = blocks.Average(G, 0.8), {k: v.clone() for k, v in G.state_dict().items()}
+    ema, expected = blocks.EMA(G, 0.8), {k: v.clone() for k, v in G.state_dict().items()}
     for step in range(1, 60):
         with torch.no_grad():
             G[0].weight.add_(torch.randn(3, 2))
@@ -178,3 +189,16 @@ def test_the_average_is_its_recurrence():
     x = torch.randn(4, 2, requires_grad=True)
     assert not ema(x).requires_grad and not ema.net.training
     torch.testing.assert_close(ema(x[:1]), ema(x)[:1])  # evaluation mode: no batch statistics
+
+
+def test_images_are_mirrored_and_shifted_by_whole_pixels():
+    x, found = torch.rand(99, 3, 16, 16) * 2 - 1, []
+    given = blocks.random_flip_translate(x, 0.125)
+    for image, source in zip(given, x, strict=True):
+        found += [(mirrored, i, j) for mirrored, whole in enumerate((source, source.flip(2)))
+                  for i in range(5) for j in range(5)
+                  if torch.equal(image[:, 2:-2, 2:-2], whole[:, i:i + 12, j:j + 12])]
+    assert len(found) == 99 and {i for _, i, _ in found} == {j for *_, j in found} == set(range(5))
+    assert 30 < sum(mirrored for mirrored, *_ in found) < 70
+    assert x.min() <= given.min() and given.max() <= x.max()  # edges are repeated outwards
+    assert blocks.random_flip_translate(x, 0.0) is x

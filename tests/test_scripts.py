@@ -1,50 +1,62 @@
-"""What all six scripts promise: runs end to end, resumes to the bit, samples, scores, stops, refuses."""
+"""What all six scripts promise: runs end to end, resumes to the bit, samples, scores, recipes, refuses."""
 import importlib
 import inspect
 import json
 import re
 import shutil
-import signal
-import subprocess
-import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from common.errors import UserError
-from tests.conftest import TINY, CountReads, flags, process, rows_of, run_here, same, same_runs, script
+from common.files import UserError
+from harness.cli import Settings, parse
+from tests.conftest import TINY, CountReads, call, flags, rows_of, run_here, same, same_runs, script
 
 NAMES = list(TINY)
+GANS = [name for name in NAMES if name != "vae_celeba"]
 HEADLINE = {name: "last" if "mnist" in name else "best" for name in NAMES}  # what pictures and summary are of
-EVERY = dict(sample_every=3, eval_every=4, save_every=4)
+OTHER = dict.fromkeys(NAMES, "r3gan") | {"infogan_mnist": "robust", "vae_celeba": "beta"}  # than paper
+ORDER = ["D", "opt", "real", "fake", "y", "cfg"]
+SCENES = ["test", "new_test", "real_beside_generated", "objects"]
 GRIDS = {
     "dcgan_mnist": ["samples", "real_beside_generated", "interpolation", "extrapolation"],
     "infogan_mnist": ["samples", "real_beside_generated", "code_1", "code_2", "category_0_code_1"],
     "acgan_celeba": ["samples", "real_beside_generated", "attributes"],
     "vae_celeba": ["samples", "reconstructions", "interpolation", "arithmetic"],
-    "sngan_iclevr": ["test", "new_test", "real_beside_generated", "objects", "interpolation"],
-    "cdcgan_iclevr": ["test", "new_test", "real_beside_generated", "objects", "interpolation"],
+    "sngan_iclevr": SCENES, "cdcgan_iclevr": SCENES,
 }
 
 
 @pytest.fixture(scope="module")
 def finished(workdir):
-    """{script: (folder of a run of nine iterations, its output)}, made when first needed."""
+    """{script: (folder, output, titles of pictures) of nine iterations of the other recipe}, when needed."""
     made = {}
 
     def get(name):
         if name not in made:
-            args = flags(TINY[name] | EVERY | dict(iters=9, out=f"runs/{name}"))
-            output = script(name, *args, cwd=workdir)
-            made[name] = workdir / "runs" / name, output
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(workdir)
+                titles, textwrap = [], importlib.import_module("textwrap")
+                patch.setattr("harness.pictures.textwrap", SimpleNamespace(
+                    wrap=lambda title, width: titles.append(title) or textwrap.wrap(title, width)))
+                fields = dict(recipe=OTHER[name], iters=9, sample_every=3, eval_every=4, save_every=4)
+                status, output, errors = call(name, *flags(TINY[name] | fields))
+                assert (status, errors) == (0, "")
+            made[name] = workdir / "runs" / f"{name}-{OTHER[name]}-synthetic", output, titles
         return made[name]
     return get
 
 
+def scores_of(folder: Path) -> dict:
+    return json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_leaves_everything_and_the_best_of_its_scored_steps(finished, name):
-    folder, output = finished(name)
+    folder, output, _ = finished(name)
     rows = rows_of(folder)
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 9]  # losses and scores of a step share a row
     loss, score = "loss" if "vae" in name else "d_loss", "accuracy_test" if "iclevr" in name else "fd_judge"
@@ -52,12 +64,12 @@ def test_a_run_leaves_everything_and_the_best_of_its_scored_steps(finished, name
     assert [score in row for row in rows] == [False, True, False, True, True]
     samples = sorted(p.name for p in (folder / "samples").iterdir())
     assert samples == [f"step_000000{i}.png" for i in (3, 6, 9)]
-    for file in ["config.json", "last.pt", "best.pt", "progress.gif", "curves.png", "tensorboard",
-                 *(f"{grid}.png" for grid in GRIDS[name])]:
+    for file in ["config.json", "last.pt", "previous.pt", "best.pt", "progress.gif", "curves.png",
+                 "tensorboard", *(f"{grid}.png" for grid in GRIDS[name])]:
         assert (folder / file).stat().st_size > 0, file
     with Image.open(folder / "progress.gif") as gif:
         assert gif.n_frames <= 3
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    scores = scores_of(folder)
     assert scores["data"].startswith("synthetic ") and "held-out accuracy" in scores["judge"]
     assert scores["last"]["step"] == 9 and scores["summary"]
     for column, value in scores["summary"].items():
@@ -74,18 +86,41 @@ def test_a_run_leaves_everything_and_the_best_of_its_scored_steps(finished, name
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_all_that_a_run_leaves_names_its_recipe(finished, name):
+    """And the recipe's fields that were set to other values; final pictures are of the scored checkpoint."""
+    folder, output, titles = finished(name)
+    recipe, module = f"recipe {OTHER[name]}", importlib.import_module(name)
+    fields = TINY[name].keys() & {field for values in module.RECIPES.values() for field in values}
+    settings = module.RECIPES[OTHER[name]]
+    changed = {f for f in fields if TINY[name][f] != settings.get(f, getattr(module.Config(), f))}
+    scores = scores_of(folder)
+    assert scores["recipe"].split(", ")[0] == recipe
+    assert set(scores["recipe"].split(", ")[1:]) == {f"{field} {TINY[name][field]}" for field in changed}
+    assert "sngan" not in name or "batch_size 8" in scores["recipe"]
+    content = json.loads((folder / "config.json").read_text())
+    assert content["config"]["recipe"] == OTHER[name]
+    assert f"--recipe {OTHER[name]}" in content["sittings"][0]["command"]
+    assert torch.load(folder / "last.pt", weights_only=True)["config"]["recipe"] == OTHER[name]
+    assert f"{folder.relative_to(folder.parents[1])}: {scores['data']}, {scores['recipe']}" in output
+    assert all(t.startswith(f"{name} on {scores['data']}, {scores['recipe']}, ") for t in titles)
+    steps = [int(re.search(r", seed 0, step (\d+)", title)[1]) for title in titles]
+    shown = scores[HEADLINE[name]]["step"]
+    assert steps[:3] == [3, 6, 9] and set(steps[3:]) == {shown} and len(steps) >= 3 + len(GRIDS[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_eval_and_sample_read_the_same_checkpoint_again(finished, workdir, monkeypatch, name):
-    folder, _ = finished(name)
+    folder = finished(name)[0]
     monkeypatch.chdir(workdir)
-    before = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    before = scores_of(folder)
     grids = {grid: (folder / f"{grid}.png").read_bytes() for grid in GRIDS[name]}
     (folder / "scores.json").unlink()
     for grid in grids:
         (folder / f"{grid}.png").unlink()
     run_here(name, "eval", folder)
     assert not any((folder / f"{grid}.png").exists() for grid in grids)
-    after = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    assert after.keys() == before.keys()
+    after = scores_of(folder)
+    assert after.keys() == before.keys() and after["recipe"] == before["recipe"]
     for column, (mean, _) in before["summary"].items():
         assert after["summary"][column][0] == pytest.approx(mean, rel=1e-3, abs=1e-6), column
     (folder / "scores.json").unlink()
@@ -96,76 +131,46 @@ def test_eval_and_sample_read_the_same_checkpoint_again(finished, workdir, monke
     assert grids != {grid: (folder / f"{grid}.png").read_bytes() for grid in grids}
 
 
-VARIANTS = [(name, {}) for name in NAMES] + [
+VARIANTS = [(name, {}) for name in NAMES] + [(name, dict(recipe=OTHER[name])) for name in GANS] + [
     ("dcgan_mnist", dict(net="mlp", ema=0.9)), ("acgan_celeba", dict(d_norm="spectral", d_cond="projection")),
-    ("cdcgan_iclevr", dict(d_cond="projection", smooth_labels=True, flip_labels=0.2, ema=0.9)),
-    ("sngan_iclevr", dict(loss="relativistic", flip_labels=0.1, label_embed="sum", lr_decay_from=3)),
-    ("sngan_iclevr", dict(loss="paired", gamma=0.2, aux_weight=5.0, d_net="cnn", d_norm="none", beta1=0.0))]
+    ("cdcgan_iclevr", dict(d_cond="projection", smooth_labels=True, flip_labels=0.2, ema=0.9, halve_every=1)),
+    ("sngan_iclevr", dict(loss="rahinge", flip_labels=0.1, label_embed="sum", lr_decay_from=3))]
 
 
 @pytest.mark.parametrize("name, fields", VARIANTS, ids=str)
 def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(here, monkeypatch, name, fields):
-    from common.run import Run
+    from harness.run import Run
 
     class Cut(Exception):
         pass
 
     def log(self):
         original(self)
-        if self.step >= 8:
+        if self.step >= 6:
             raise Cut
-    fields = fields | dict(iters=12, sample_every=5, eval_every=4, save_every=3)
+    fields = fields | dict(iters=9, sample_every=5, eval_every=4, save_every=3)
     run_here(name, out="whole", **fields)
     original = Run._log
     with monkeypatch.context() as patch, pytest.raises(Cut):
         patch.setattr(Run, "_log", log)
         run_here(name, out="cut", **fields)
-    assert 0 < torch.load("cut/last.pt", weights_only=True)["step"] < 8
+    assert torch.load("cut/last.pt", weights_only=True)["step"] == 3
     run_here(name, "resume", "cut")
     same_runs(here / "cut", here / "whole")
+    if name == "dcgan_mnist" and not fields.get("recipe"):  # one that was killed before its first checkpoint
+        shutil.copytree("whole", "early")
+        for checkpoint in ("last.pt", "previous.pt", "best.pt"):
+            Path("early", checkpoint).unlink()
+        run_here(name, "resume", "early")
+        same_runs(here / "early", here / "whole")
 
 
-LONG = flags(TINY["sngan_iclevr"] | dict(iters=22, sample_every=7, eval_every=8, save_every=5))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(workdir):
-    script("sngan_iclevr", *LONG, "--out", "runs/whole", cwd=workdir)
-    return workdir / "runs" / "whole"
-
-
-@pytest.mark.parametrize("how, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_that_resumes_to_the_same_bits(workdir, uninterrupted, how, status):
-    folder = workdir / "runs" / how.name
-    running = subprocess.Popen(**process("sngan_iclevr", *LONG, "--out", str(folder), cwd=workdir))
-    table, until = folder / "metrics.csv", time.monotonic() + 120
-    while not table.exists() or len(table.read_text().splitlines()) < 6:
-        assert running.poll() is None and time.monotonic() < until
-        time.sleep(0.02)
-    running.send_signal(how)
-    output, _ = running.communicate(timeout=60)
-    assert running.returncode == status
-    assert how == signal.SIGKILL or f"to continue: sngan_iclevr.py --resume {folder}" in output
-    assert 5 <= torch.load(folder / "last.pt", weights_only=True)["step"] < 22
-    script("sngan_iclevr", "--resume", str(folder), cwd=workdir)
-    same_runs(folder, uninterrupted)
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_over(workdir, uninterrupted):
-    folder = workdir / "runs" / "early"
-    shutil.copytree(uninterrupted, folder)
-    for name in ("last.pt", "previous.pt", "best.pt"):
-        (folder / name).unlink()
-    script("sngan_iclevr", "--resume", str(folder), cwd=workdir)
-    same_runs(folder, uninterrupted)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_iteration_reads_nothing_back(here, name):
+@pytest.mark.parametrize("name, recipe", [(name, r) for name in NAMES for r in ("paper", OTHER[name])])
+def test_an_iteration_reads_nothing_back(here, name, recipe):
     counts = []
-    for iters in (2, 2, 5):  # the first renders the data
+    for iters in (1, 2, 4):  # the first renders the data
         with CountReads() as mode:
-            run_here(name, iters=iters, judge="none", log_every=100, out=f"runs/{len(counts)}")
+            run_here(name, iters=iters, judge="none", log_every=100, recipe=recipe, out=f"r{iters}")
         counts.append(mode.reads)
     assert counts[1] == counts[2] > 0
 
@@ -183,34 +188,46 @@ def test_precision_averages_and_determinism_are_switches(here, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_setting_has_its_help(name):
-    from common.cli import Settings, parse
+def test_settings_have_their_help_and_come_from_flags_quick_recipe_default_in_this_order(name):
     module = importlib.import_module(name)
     source = inspect.getsource(module.Config) + inspect.getsource(Settings)
     lines = [line for line in source.splitlines() if re.match(r"    \w+: ", line)]
     assert len(lines) > 20 and all("  # " in line for line in lines)
-    cfg = parse(module.Config, module.QUICK, "", ["--quick", "--iters", "7"])[1]
-    assert cfg.iters == 7 and cfg.log_every == module.QUICK["log_every"]
+    default, recipes, quick = vars(module.Config()), module.RECIPES, module.QUICK
+
+    def parsed(*argv) -> dict:
+        return vars(parse(module.Config, recipes, quick, "", argv, Path(module.__file__))[1])
+    assert [*recipes] == ["paper", OTHER[name]] and recipes["paper"] == {} and quick["recipe"] == OTHER[name]
+    settings = recipes[OTHER[name]] | dict(recipe=OTHER[name])
+    assert parsed() == parsed("--recipe", "paper") == default and default["recipe"] == "paper"
+    assert parsed("--recipe", OTHER[name]) == default | settings
+    assert parsed("--quick") == parsed("--quick", "--recipe", OTHER[name]) == default | settings | quick
+    assert parsed("--quick", "--recipe", "paper") == default | quick | dict(recipe="paper")
+    field = next(f for f, value in settings.items() if isinstance(value, float) and f not in quick)
+    given = dict(iters=7, log_every=3) | {field: 0.125}
+    assert parsed("--quick", *flags(given)) == default | settings | quick | given
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_other_settings_and_other_runs_are_refused(finished, refuses, name):
-    folder, _ = finished(name)
+def test_other_settings_other_runs_and_unknown_recipes_are_refused(finished, refuses, name):
+    folder = finished(name)[0]
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    refuses(name, "--recipe", "best", message="--recipe: invalid choice: 'best' (choose from")
+    refuses(name, "--quick", "--recipe", "", message="--recipe: invalid choice")
+    refuses(name, "--resume", folder, "--recipe", "paper", message=f"--recipe is '{OTHER[name]}' there")
     refuses(name, "--resume", folder, "--batch-size", "9", message="--batch-size is 8 there, 9 here")
     refuses(name, "--sample", folder, "--save-every", "9", message="--save-every is 4 there, 9 here")
     refuses(name, "--out", folder, message="already exists")
     refuses(name, "--data", "nowhere", message="nowhere")
     other = NAMES[NAMES.index(name) - 1]
-    if (folder.parent / other).exists():
-        refuses(name, "--eval", folder.parent / other, message=f"is a run of {other}.py")
+    refuses(name, "--eval", finished(other)[0], message=f"is a run of {other}.py")
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
 def test_resuming_with_other_images_is_refused(here, iclevr):
     fields = dict(iters=2, batch_size=4, data=str(iclevr), judge="none")
     folder = run_here("sngan_iclevr", **fields)
-    assert folder.name == "sngan_iclevr"  # real data: no suffix
+    assert folder.name == "sngan_iclevr"  # real data and the paper's recipe: no suffix
     Image.new("RGB", (40, 30)).save(next((iclevr / "images").iterdir()))
     with pytest.raises(UserError, match="does not hold the images"):
         run_here("sngan_iclevr", "resume", folder, iters=4)
@@ -224,12 +241,33 @@ def test_a_short_run_on_cuda(tmp_path, name):
     script(name, *flags(fields), cwd=tmp_path)
 
 
-@pytest.mark.parametrize("name, calls", [("sngan_iclevr", 4), ("acgan_celeba", 6), ("cdcgan_iclevr", 4)])
-def test_augment_moves_all_that_d_is_given(here, monkeypatch, name, calls):
-    """Real and generated images in the steps of D, two but for the cDCGAN, and in that of G."""
-    module, given = importlib.import_module(name), []
-    moved = module.moved
-    monkeypatch.setattr(module, "moved", lambda x, share: given.append((x, share)) or moved(x, share))
-    run_here(name, iters=1, augment=0.1, loss="paired", d_norm="none", judge="none")
-    assert len(given) == calls and {share for _, share in given} == {0.1}
-    assert any(x.requires_grad for x, _ in given)  # G learns through it
+@pytest.mark.parametrize("name", GANS)
+def test_one_pass_of_g_serves_both_steps_with_the_augmented_images(here, monkeypatch, name):
+    """Further steps of D have their own images; arguments have one order in all scripts."""
+    module, passes, changes, given = importlib.import_module(name), [], [], {"d_step": [], "g_step": []}
+
+    def spy(function: str, seen) -> None:
+        original = getattr(module, function, None)
+
+        def wrapper(*arguments):
+            result = original(*arguments)
+            seen(inspect.signature(original).bind(*arguments).arguments, result)
+            return result
+        monkeypatch.setattr(module, function, wrapper, raising=False)
+    for step, calls in given.items():
+        order = [p for p in inspect.signature(getattr(module, step)).parameters if p in ORDER]
+        assert order == [p for p in ORDER if p in order] and {"D", "opt", "fake", "cfg"} <= set(order)
+        spy(step, lambda arguments, _, calls=calls: calls.append(arguments))
+    change = "instance_noise" if name == "infogan_mnist" else "random_flip_translate"
+    spy(change, lambda arguments, result: changes.append((arguments["x"], result)))
+    forward = module.Generator.forward
+    monkeypatch.setattr(module.Generator, "forward", lambda G, *x: (
+        passes.extend([1] * G.training), forward(G, *x))[1])
+    run_here(name, iters=1, judge="none", recipe=OTHER[name], **{"add_noise": False} if "sngan" in name else {})
+    n_dis, d_calls, (g_call,) = TINY[name].get("n_dis", 1), given["d_step"], given["g_step"]
+    fakes, last = [call["fake"] for call in d_calls], g_call["fake"]
+    assert len(passes) == n_dis == len(fakes)
+    assert torch.equal(fakes[-1], last) and last.requires_grad and not any(x.requires_grad for x in fakes)
+    assert n_dis == 1 or not torch.equal(fakes[0], fakes[1])
+    for x in [*fakes, *(call["real"] for call in d_calls)] if name != "dcgan_mnist" else []:
+        assert any(torch.equal(x, after) and not torch.equal(x, before) for before, after in changes)

@@ -1,14 +1,14 @@
-"""The worth of parts of the i-CLEVR scripts' quick presets, and of tricks of their write-ups.
+"""Ablations of the i-CLEVR scripts' --quick runs and of the tricks in their reference reports.
 
-    python benchmarks/ablations.py                         # two and a half hours on two cores
-    python benchmarks/ablations.py --minutes 60 -- --ch 64 # wider and longer; flags of both scripts after --
-    python benchmarks/ablations.py --table                 # only table and picture, of the finished runs
+    python tools/ablations.py                           # two and a half hours on two cores
+    python tools/ablations.py --minutes 60 -- --ch 64   # longer and wider; flags of both scripts follow --
+    python tools/ablations.py --table                   # only the table and picture of finished runs
 
-One change at a time, three seeds, equal minutes. Each run is a process of sngan_iclevr.py or cdcgan_iclevr.py
---quick, as in benchmarks/sweep.py. A row's pace is measured first, alone, and sets its iterations: a change
-that makes an iteration slower gets fewer. After Ctrl-C the same command continues. The figures are of the
-last iteration, on both test lists: means over seeds of means over draws of z. They end in --out, as
-ablations.json and ablations.png, with a strip of each row.
+Each row changes one thing in `sngan_iclevr.py --quick` or `cdcgan_iclevr.py --quick`, whose recipe is r3gan,
+and has three seeds. All runs take the same time: the speed of each row is measured first, alone, and sets its
+number of iterations. After Ctrl-C the same command continues. The scores are those of the last iteration on
+both test lists, as means over seeds of means over draws of z. --out gets ablations.json and ablations.png, a
+strip of images per row.
 """
 import importlib
 import json
@@ -26,91 +26,86 @@ from scipy.stats import dunnett, ttest_rel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluator  # noqa: E402
-from benchmarks.sweep import DIVERGED, Job, seconds_per_iteration, train_all  # noqa: E402
-from common import datasets  # noqa: E402
-from common.cli import Parser  # noqa: E402
-from common.errors import UserError, exit_status  # noqa: E402
-from common.pictures import names_of, save_grid  # noqa: E402
-from common.system import pick_device, write_json, write_whole  # noqa: E402
+from common.datasets import Data, load_iclevr, pick_source  # noqa: E402
+from common.files import UserError, atomic_write, load_verified, write_json  # noqa: E402
+from harness.cli import Parser, exit_status, stored_config  # noqa: E402
+from harness.device import pick_device  # noqa: E402
+from harness.pictures import names_of, save_grid  # noqa: E402
+from tools.sweep import DIVERGED, Job, seconds_per_iteration, train_all  # noqa: E402
 
 
 @dataclass
 class Row:
     script: str
-    flags: str | None  # in addition to the preset's; None: no run of its own
+    flags: str | None  # besides --quick; None: no run of its own
     beside: str  # the row it is compared with
-    written: str  # what the write-up reports
+    report: str  # what the reference report says
 
 
-SNGAN, DCGAN, NO_EMA = "SNGAN, the preset", "DCGAN, the preset", "no EMA"
-NO_CLASSIFIER = "DCGAN, no classifier"
-SPECTRAL, BATCH = "--gamma 0 --d-norm spectral", "--gamma 0 --d-norm batch"
-# the recipes as written up, but for their widths
-WRITTEN = "--aux-weight 0 --ema 0 --lr-d 1e-4 --beta1 0.5 --beta2 0.999"
-SNGAN_WRITTEN = (f"{WRITTEN} {SPECTRAL} --d-net resnet --loss hinge --n-dis 4 "
-                 "--label-embed linear --batch-size 64 --lr-g 3e-4")
-DCGAN_WRITTEN = (f"{WRITTEN} {BATCH} --loss bce --smooth-labels --d-cond plane "
-                 "--halve-every 50 --batch-size 128 --lr-g 2e-4")
+SNGAN, CDCGAN, NO_EMA = "SNGAN", "cDCGAN", "no EMA"
+NO_CLASSIFIER, SPECTRAL = "cDCGAN, no classifier", "spectral norm for penalties"
 ROWS = {
-    SNGAN: Row("sngan_iclevr", "", "", "0.79 and 0.82, at full size, by the course's judge"),
-    "linear joining": Row("sngan_iclevr", "--label-embed linear", SNGAN, "no significant difference"),
-    "no noise for D": Row("sngan_iclevr", "--no-add-noise", SNGAN, "noise is best"),
+    SNGAN: Row("sngan_iclevr", "", "", "0.79 and 0.82 at full size, by the course's judge"),
+    "linear joining": Row("sngan_iclevr", "--label-embed linear", SNGAN, "finds no significant difference"),
+    "no noise for D": Row("sngan_iclevr", "--no-add-noise", SNGAN, "finds noise best"),
     "flipped labels": Row("sngan_iclevr", "--flip-labels 0.1", SNGAN, "G collapsed to one object"),
-    "4 D steps": Row("sngan_iclevr", "--n-dis 4", SNGAN, "4 used"),
-    NO_EMA: Row("sngan_iclevr", None, SNGAN, "no EMA used"),
-    "no auxiliary classifier": Row("sngan_iclevr", "--aux-weight 0", SNGAN, "none used"),
-    "hinge loss": Row("sngan_iclevr", "--loss hinge", SNGAN, "hinge used"),
-    "relativistic hinge": Row("sngan_iclevr", "--loss relativistic", "hinge loss", "worse"),
-    "spectral norm for penalties": Row("sngan_iclevr", SPECTRAL, SNGAN, "used"),
-    "residual D": Row("sngan_iclevr", f"{SPECTRAL} --d-net resnet", "spectral norm for penalties", "used"),
-    "as written up": Row("sngan_iclevr", SNGAN_WRITTEN, SNGAN, "all of it, this narrow"),
-    DCGAN: Row("cdcgan_iclevr", "", SNGAN, "0.62, at full size, by the course's judge"),
-    NO_CLASSIFIER: Row("cdcgan_iclevr", "--aux-weight 0", DCGAN, "none used"),
-    "DCGAN, plane of labels": Row("cdcgan_iclevr", "--d-cond plane --aux-weight 0", NO_CLASSIFIER, "used"),
-    "DCGAN, batch norm for penalties": Row("cdcgan_iclevr", BATCH, DCGAN, "used"),
-    "DCGAN, as written up": Row("cdcgan_iclevr", DCGAN_WRITTEN, DCGAN, "all of it, this narrow"),
+    "4 D steps": Row("sngan_iclevr", "--n-dis 4", SNGAN, "uses 4"),
+    NO_EMA: Row("sngan_iclevr", None, SNGAN, "uses no EMA"),
+    "no auxiliary classifier": Row("sngan_iclevr", "--aux-weight 0", SNGAN, "uses none"),
+    "hinge loss": Row("sngan_iclevr", "--loss hinge", SNGAN, "uses hinge"),
+    "relativistic hinge": Row("sngan_iclevr", "--loss rahinge", "hinge loss", "finds it worse"),
+    SPECTRAL: Row("sngan_iclevr", "--gamma 0 --d-norm spectral", SNGAN, "uses spectral norm"),
+    "residual D": Row("sngan_iclevr", "--gamma 0 --d-norm spectral --d-net resnet", SPECTRAL, "uses it"),
+    "paper's recipe": Row("sngan_iclevr", "--recipe paper --ema 0 --batch-size 64", SNGAN,
+                          "uses all of it, at full width"),
+    CDCGAN: Row("cdcgan_iclevr", "", SNGAN, "0.62 at full size, by the course's judge"),
+    NO_CLASSIFIER: Row("cdcgan_iclevr", "--aux-weight 0", CDCGAN, "uses none"),
+    "cDCGAN, label map": Row("cdcgan_iclevr", "--d-cond plane --aux-weight 0", NO_CLASSIFIER, "uses it"),
+    "cDCGAN, batch norm for penalties": Row("cdcgan_iclevr", "--gamma 0 --d-norm batch", CDCGAN,
+                                            "uses batch norm"),
+    "cDCGAN, paper's recipe": Row("cdcgan_iclevr", "--recipe paper --smooth-labels --batch-size 128", CDCGAN,
+                                  "uses all of it, at full width"),
 }
 ALWAYS = ("--quick --judge-width 64 --judge-steps 5000 --eval-every 0 --sample-every 0 --log-every 50 "
           "--save-every 200")
 
 
 def name(row: str, seed: int) -> str:
-    """The folder of a run; "no EMA" is G itself of the first row's runs."""
+    """The folder of a run; "no EMA" scores G itself in the first row's runs."""
     return f"{row if row != NO_EMA else SNGAN}-{seed}".replace(", ", "-").replace(" ", "_")
 
 
 def job_of(args, row: str, seed: int, iters: int) -> Job:
-    what = ROWS[row]
-    text = f"{ALWAYS} {what.flags} --seed {seed} --iters {iters}"
+    text = f"{ALWAYS} {ROWS[row].flags} --seed {seed} --iters {iters}"
     flags = [*text.split(), "--data", args.data, "--device", args.device, *args.more]
-    return Job(what.script, args.out / name(row, seed), flags)
+    return Job(ROWS[row].script, args.out / name(row, seed), flags)
 
 
 def paces(args) -> dict[str, float]:
-    """Seconds an iteration of each row takes with nothing beside it, by runs of 100."""
+    """Seconds per iteration of each row, by runs of 100 iterations with nothing beside them."""
     jobs = {row: job_of(args, row, 0, 100) for row, what in ROWS.items() if what.flags is not None}
     for row, job in jobs.items():
         job.folder = args.out / f"pace-{name(row, 0)}"
         job.flags += ["--judge", "none", "--log-every", "20"]
         job.check()
-    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))  # as train_all's
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}  # as in train_all
     for job in jobs.values():
         table = job.folder / "metrics.csv"
-        if not (table.exists() and "\n100," in table.read_text()):  # or it was stopped
-            subprocess.run(job.command(), check=True, env={"OMP_NUM_THREADS": threads} | os.environ,
-                           stdout=subprocess.DEVNULL)
+        if not (table.exists() and "\n100," in table.read_text()):  # not yet measured, or stopped
+            done = subprocess.run(job.command(), env=threads | os.environ, stdout=subprocess.DEVNULL)
+            if done.returncode:  # the run has said why
+                sys.exit(done.returncode)
     return {row: seconds_per_iteration(job.folder / "metrics.csv") for row, job in jobs.items()}
 
 
-def load(folder: Path, key: str) -> tuple:
-    """G of a run's last checkpoint, averaged ("ema") or not ("G"); its config and data, without images."""
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    script = importlib.import_module(stored["script"][:-3])
-    cfg = script.Config(**stored["config"])
-    state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-    data = datasets.Data.known(state["data"])
+def load(args, row: str, seed: int) -> tuple[torch.nn.Module, object, Data]:
+    """G of a run's last checkpoint, averaged except for "no EMA"; its config; its data, without images."""
+    folder, script = args.out / name(row, seed), importlib.import_module(ROWS[row].script)
+    cfg = stored_config(script.Config, folder, f"{ROWS[row].script}.py", {}, [])
+    state = load_verified(folder / "last.pt")
+    data = Data.from_metadata(state["data"])
     G = script.Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size)
-    G.load_state_dict(state[key])
+    G.load_state_dict(state["G" if row == NO_EMA else "ema"])
     return G.eval().requires_grad_(False), cfg, data
 
 
@@ -123,15 +118,14 @@ def scores(args, row: str, seed: int) -> dict[str, float] | None:
     if row == NO_EMA:
         path = folder / "scores_without_ema.json"
         if not path.exists() or path.stat().st_mtime < (folder / "scores.json").stat().st_mtime:
-            device, (G, cfg, _) = pick_device(args.device), load(folder, "G")
-            data = datasets.load_iclevr(cfg)
-            G, judge = G.to(device), evaluator.get_judge(cfg, data, device)
+            device, (G, cfg, _) = pick_device(args.device), load(args, row, seed)
+            G, data = G.to(device), load_iclevr(cfg)
 
-            def sample(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-                return G(z.to(device), y.to(device))
-            found = evaluator.score_sets(sample, cfg.z_dim, judge, data.tests, cfg.eval_draws, cfg.seed + 1)
-            write_json(path, found)
-        kept = json.loads(path.read_text())
+            def sample(n: int, g: torch.Generator, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return G(torch.randn(n, cfg.z_dim, generator=g).to(device), y.to(device)), y
+            judge = evaluator.get_judge(cfg, data, device)
+            write_json(path, evaluator.Scorer(cfg, data, judge, None).test(sample))
+        kept = json.loads(path.read_text(encoding="utf-8"))
     return {test: kept[f"accuracy {test}"][0] for test in ("test", "new_test")}
 
 
@@ -150,7 +144,7 @@ def table(args) -> dict[str, dict]:
         diverged = sum((args.out / name(row, seed) / DIVERGED).exists() for seed in range(args.seeds))
         if not by_seed and not diverged:
             continue
-        found[row] = {"seeds": by_seed, "diverged": diverged, "written": what.written}
+        found[row] = {"seeds": by_seed, "diverged": diverged, "written": what.report}
         if by_seed:
             runs = [trained(args.out / name(row, seed)) for seed in by_seed]
             found[row]["iterations"], found[row]["minutes"] = map(mean, zip(*runs, strict=True))
@@ -164,16 +158,14 @@ def table(args) -> dict[str, dict]:
 def compare(found: dict[str, dict]) -> None:
     """Compare each row's accuracy, the mean of both lists, with that of the row it is beside.
 
-    Simultaneous 95 % intervals (Dunnett 1955): they hold for all rows beside the same one together, and the
-    spread over seeds is pooled over these rows. "no EMA" is scored on the runs it is beside; its interval is
-    of the differences within them.
+    The 95 % intervals are simultaneous (Dunnett 1955): they hold together for all rows beside the same one,
+    and the spread over seeds is pooled over these rows. "no EMA" scores the same runs as the row it is beside,
+    so its interval is that of a paired t-test.
     """
     values = {row: [mean(s.values()) for s in r["seeds"].values()] for row, r in found.items()
-              if r["seeds"] and not r["diverged"]}  # the rest of a diverged row would look too good
-    for control in dict.fromkeys(ROWS[row].beside for row in values):
+              if r["seeds"] and not r["diverged"]}  # the seeds that did not diverge would look too good
+    for control in {ROWS[row].beside for row in values} & values.keys():
         rows = [row for row in values if ROWS[row].beside == control]
-        if control not in values:
-            continue
         for row in rows:
             found[row] |= {"beside": control, "difference": mean(values[row]) - mean(values[control])}
         if NO_EMA in rows:
@@ -181,7 +173,7 @@ def compare(found: dict[str, dict]) -> None:
             if len(values[control]) > 1:
                 interval = ttest_rel(values[NO_EMA], values[control]).confidence_interval(0.95)
                 found[NO_EMA]["interval"] = [float(interval.low), float(interval.high)]
-        if rows and sum(map(len, (values[row] for row in [control, *rows]))) > len(rows) + 1:
+        if rows and sum(len(values[row]) for row in [control, *rows]) > len(rows) + 1:
             interval = dunnett(*(values[row] for row in rows), control=values[control],
                                random_state=0).confidence_interval(0.95)
             for row, low, high in zip(rows, interval.low, interval.high, strict=True):
@@ -189,20 +181,20 @@ def compare(found: dict[str, dict]) -> None:
 
 
 def verdict(result: dict) -> str:
-    """Better or worse if the interval of the difference excludes zero."""
+    """"better" or "worse" if the interval of the difference excludes zero."""
     if result["diverged"]:
         return f"diverged in {result['diverged']} of {result['diverged'] + len(result['seeds'])} runs"
     if "difference" not in result:
         return ""
     if "interval" not in result:
-        return f"{result['difference']:+.3f}, of single seeds"
+        return f"{result['difference']:+.3f} (single seeds)"
     low, high = result["interval"]
     word = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
     return f"{word}: {result['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def markdown(found: dict[str, dict]) -> str:
-    lines = ["| | test | new_test | seeds, iterations, minutes | beside | here | write-up |",
+    lines = ["| | test | new_test | seeds, iterations, minutes | beside | here | report |",
              "| --- " * 7 + "|"]
     for row, r in found.items():
         cells = ["–" if test not in r else f"{r[test][0]:.3f}" if r[test][1] is None else
@@ -215,25 +207,24 @@ def markdown(found: dict[str, dict]) -> str:
 
 
 def save_strips(args, found: dict[str, dict], path: Path) -> None:
-    """A strip for each row, of seed 0: the same twelve sets of test.json and, within a script, the same z."""
+    """Draw a strip per row: seed 0, the same twelve sets of test.json and, for one script, the same z."""
     strips = []
     for row in found:
         if 0 not in found[row]["seeds"]:
             continue
-        G, cfg, data = load(args.out / name(row, 0), "G" if row == NO_EMA else "ema")
+        G, cfg, data = load(args, row, 0)
         z = torch.randn(12, cfg.z_dim, generator=torch.Generator().manual_seed(0))
-        sets = data.tests["test"]
+        sets = data.test_label_sets["test"]
         count = (sets < len(data.classes)).sum(1)
         chosen = sets[torch.cat([(count == k).nonzero()[:4, 0] for k in (1, 2, 3)])]
-        strip = args.out / f"{row}.png"
-        save_grid(strip, G(z[:len(chosen)], chosen), f"{row}: four sets each of one, two, three objects", 12,
-                  captions=names_of(chosen, data.classes))
-        strips.append(Image.open(strip))
+        title = f"{row}: four sets each of one, two and three objects"
+        strips.append(save_grid(args.out / f"{row}.png", G(z[:len(chosen)], chosen), title, 12,
+                                captions=names_of(chosen, data.classes)))
     if strips:
         canvas = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)))
         for i, strip in enumerate(strips):
             canvas.paste(strip, (0, sum(above.height for above in strips[:i])))
-        write_whole(path, lambda p: canvas.save(p, optimize=True))
+        atomic_write(path, lambda p: canvas.save(p, optimize=True))
 
 
 def main() -> int:
@@ -241,14 +232,14 @@ def main() -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(description=__doc__)
     parser.add_argument("--table", action="store_true", help="make no runs")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of a run (default: 5)")
-    parser.add_argument("--seeds", type=int, default=3, help="training seeds a row (default: 3)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time of a run (default: 5)")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds per row (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--data", default="auto", help="i-CLEVR's folder, auto, or synthetic")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/ablations)")
     args = parser.parse_args(argv[:cut])
-    args.more, args.data = argv[cut + 1:], datasets.pick_source(args.data, "data/iclevr")
+    args.more, args.data = argv[cut + 1:], pick_source(args.data, "data/iclevr")
     args.out = args.out or Path("runs/ablations" + "-synthetic" * (args.data == "synthetic"))
     if min(args.seeds, args.jobs) < 1 or not args.minutes > 0:
         raise UserError("--seeds and --jobs must be at least 1, --minutes more than 0")
@@ -257,26 +248,25 @@ def main() -> int:
         jobs = [job_of(args, row, seed, n) for seed in range(args.seeds) for row, n in iters.items()]
         for job in jobs:
             job.check()
-        # the judge first, before several runs would train the same one
-        evaluator.get_judge(jobs[0].cfg, datasets.load_iclevr(jobs[0].cfg), pick_device(args.device))
+        # train the judge first, or several runs would each train the same one
+        evaluator.get_judge(jobs[0].cfg, load_iclevr(jobs[0].cfg), pick_device(args.device))
         train_all(jobs, args.jobs)
     found = table(args)
     finished = [json.loads(path.read_text(encoding="utf-8")) for path in args.out.glob("*/scores.json")]
     if not finished:
         print(f"{args.out}: no run is finished yet")
         return 0
-    what = {f"{s['data']}; judge: {s['judge']}; {s['draws']} draws of z a seed" for s in finished}
+    what = {f"{s['data']}; judge: {s['judge']}; {s['draws']} draws of z per seed" for s in finished}
     if len(what) > 1:
         raise UserError(f"{args.out} holds scores that can't be compared: {' and '.join(sorted(what))}")
     what = what.pop()
-    sittings = [sitting for path in args.out.glob("*/config.json")
-                for sitting in json.loads(path.read_text(encoding="utf-8"))["sittings"]]
-    circumstances = {k: ", ".join(sorted({sitting[k] for sitting in sittings}))
-                     for k in ("commit", "hardware", "torch")}
-    command = " ".join(["benchmarks/ablations.py --data", args.data, f"--minutes {args.minutes:g}",
+    sessions = [session for path in args.out.glob("*/config.json")
+                for session in json.loads(path.read_text(encoding="utf-8"))["sittings"]]
+    provenance = {key: ", ".join(sorted({session[key] for session in sessions}))
+                  for key in ("commit", "hardware", "torch")}
+    command = " ".join(["tools/ablations.py --data", args.data, f"--minutes {args.minutes:g}",
                         f"--seeds {args.seeds}", *(["--", *args.more] if args.more else [])])
-    content = {"command": command, "what": what, **circumstances, "rows": found}
-    write_json(args.out / "ablations.json", content)
+    write_json(args.out / "ablations.json", {"command": command, "what": what, **provenance, "rows": found})
     save_strips(args, found, args.out / "ablations.png")
     print(f"\n{what}:\n\n{markdown(found)}")
     return 0

@@ -1,12 +1,11 @@
-"""Keep a finished run's figures under results/, and build the tables of both READMEs from all that is kept.
+"""Keep a finished run under results/, and build results/runs.md and the tables of both READMEs.
 
-    python results/record.py runs/NAME KEPT_AS [--note TEXT]   # as results/KEPT_AS.json and .png
-    python results/record.py                                   # only build the tables
+    python tools/record.py runs/NAME KEPT_AS [--note TEXT]   # keep it as results/records/KEPT_AS.json
+    python tools/record.py                                   # only build the tables
 
-The kept grid is test.png or samples.png; --grids names others to keep beside it. A folder that
-benchmarks/sweep.py or ablations.py filled is kept as one, with a table and a picture of its own: a strip of
-each run. With --generator only the run's generator is kept, in generators/KEPT_AS: a folder for --sample and
---eval.
+The sample grid is kept as results/figures/KEPT_AS.png; --grids names more of the run's pictures to keep. A
+folder of tools/sweep.py or tools/ablations.py is kept as one record, with one picture: a strip of each run.
+With --generator only the generator is kept, in pretrained/generators/KEPT_AS, for --sample and --eval.
 """
 import json
 import math
@@ -19,29 +18,38 @@ from statistics import mean, stdev
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-RESULTS = Path(__file__).resolve().parent
-ROOT = RESULTS.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.ablations import markdown  # noqa: E402
-from benchmarks.sweep import seconds_per_iteration  # noqa: E402
-from common.cli import Parser  # noqa: E402
-from common.errors import UserError, exit_status  # noqa: E402
-from common.pictures import OBJECT_SIZE  # noqa: E402
-from common.system import load_checked, write_json  # noqa: E402
+from common.files import UserError, load_verified, write_json  # noqa: E402
+from harness.cli import Parser, exit_status  # noqa: E402
+from harness.pictures import OBJECT_SIZE  # noqa: E402
+from tools.ablations import markdown  # noqa: E402
+from tools.sweep import seconds_per_iteration  # noqa: E402
 
+RESULTS = ROOT / "results"
 END = "<!-- end -->"
-CAPTIONS = "black white gray red blue green brown purple cyan yellow".split()  # common/pictures.py's glyphs
-DIGITS = ("dcgan_mnist.py", "infogan_mnist.py")  # their summary and pictures are of last.pt
-# the README's table: script, paper, kept record, the write-up's figure
+CAPTIONS = "black white gray red blue green brown purple cyan yellow".split()  # colours in captions
+DIGITS = ("dcgan_mnist.py", "infogan_mnist.py")  # last.pt is what their summary and pictures show
+# README's table: script, method, record, flags for such a run today, record of the paper's recipe, report
 SCRIPTS = (
-    ("dcgan_mnist.py", "DCGAN, Radford et al. 2016", "dcgan_quick", "FID < 60"),
-    ("infogan_mnist.py", "InfoGAN, Chen et al. 2016", "infogan_quick", "pictures; the paper: 0.95"),
-    ("acgan_celeba.py", "ACGAN, Odena et al. 2017", "acgan_real", "FID 44.3 to 216.2 on cartoon faces"),
-    ("vae_celeba.py", "VAE, Kingma & Welling 2014", "vae_real", "pictures"),
+    ("dcgan_mnist.py", "DCGAN, Radford et al. 2016", "dcgan_quick", "--quick", "dcgan_long", "FID below 60"),
+    ("infogan_mnist.py", "InfoGAN, Chen et al. 2016", "infogan_quick", "--quick", "",
+     "pictures; InfoGAN's paper: 0.95"),
+    ("acgan_celeba.py", "ACGAN, Odena et al. 2017", "acgan_real", "--recipe r3gan --ch 16 --image-size 64 "
+     "--iters 23000", "acgan_celeba_variants", "FID 44.3 to 216.2 on cartoon faces"),
+    ("vae_celeba.py", "VAE, Kingma & Welling 2014", "vae_real", "--recipe beta --ch 32 --image-size 64 "
+     "--iters 5500", "", "pictures"),
     ("sngan_iclevr.py", "SNGAN, Miyato et al. 2018; projection, Miyato & Koyama 2018", "sngan_real",
-     "accuracy 0.79 and 0.82"),
-    ("cdcgan_iclevr.py", "conditional DCGAN, Mirza & Osindero 2014", "cdcgan_real", "accuracy 0.62"),
+     "--recipe r3gan --ch 20 --iters 22000", "sngan_written", "accuracy 0.79 and 0.82"),
+    ("cdcgan_iclevr.py", "conditional DCGAN, Mirza & Osindero 2014", "cdcgan_real",
+     "--recipe r3gan --ch 32 --iters 25000", "cdcgan_written", "accuracy 0.62"),
 )
+ABOUT = """# All runs
+
+`python tools/record.py` writes this page from [records](records); [README.md](README.md) explains the scores.
+Commands are quoted as they were run at the commit that follows; some of their flags have since been renamed.
+Scores are means ± standard deviations over samples of z.
+"""
 
 
 def figures(folder: Path) -> dict:
@@ -50,17 +58,17 @@ def figures(folder: Path) -> dict:
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     last_row = (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
     pace = seconds_per_iteration(folder / "metrics.csv")
-    sittings = [sitting | {"command": short(sitting["command"])[7:]} for sitting in config["sittings"]]
-    return {"script": config["script"], "command": sittings[0]["command"],
+    sessions = [session | {"command": short(session["command"])} for session in config["sittings"]]
+    return {"script": config["script"], "command": sessions[0]["command"],
             "seconds": round(float(last_row[1])), "iterations": int(last_row[0]),
             "seconds_per_1000_iterations": round(1000 * pace, 1), "scores": scores,
-            "sittings": sittings, "config": config["config"] | {"out": ""}}  # a path of this machine
+            "sittings": sessions, "config": config["config"] | {"out": ""}}  # a path of this machine
 
 
 def keep(image: Image.Image, path: Path) -> None:
-    """Save a PNG of 256 colours, fewer if it has over 300 KB: pictures weigh on every clone.
+    """Save a PNG of 256 colours, or fewer if it exceeds 300 KB, since every clone downloads it.
 
-    Most of them would be greys of a floor: captions have theirs, and k-means finds those of small objects.
+    The palette has the captions' colours, and k-means finds those of small objects among the floor's greys.
     """
     image, palette = image.convert("RGB"), Image.new("P", (1, 1))
     exact = [value for name in CAPTIONS for value in ImageColor.getrgb(name)]
@@ -73,40 +81,35 @@ def keep(image: Image.Image, path: Path) -> None:
 
 
 def grid_of(folder: Path) -> Image.Image:
-    return Image.open(next(p for p in (folder / "test.png", folder / "samples.png") if p.is_file()))
+    files = (folder / f"{name}.png" for name in ("ablations", "test", "samples"))
+    return Image.open(next(file for file in files if file.is_file()))
 
 
 def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
-    """results/NAME.json from the run's config, scores and metrics; its grid as NAME.png, others beside."""
+    """Write a run, a sweep or ablations as records/NAME.json, and the pictures as figures/NAME*.png."""
     if (folder / "ablations.json").is_file():
-        if note or grids:
-            raise UserError("--note and --grids are not for ablations")
-        kept = json.loads((folder / "ablations.json").read_text(encoding="utf-8"))
-        keep(Image.open(folder / "ablations.png"), RESULTS / f"{name}.png")
+        kept, picture = json.loads((folder / "ablations.json").read_text(encoding="utf-8")), grid_of(folder)
     elif (folder / "sweep.csv").is_file():
         runs = sorted((p.parent for p in folder.glob("*/scores.json")), key=lambda p: p.stat().st_ctime)
         unscored = sorted({p.parent.name for p in folder.glob("*/config.json")} - {run.name for run in runs})
-        kept = {"note": note, "grids": grids, "runs": {run.name: figures(run) for run in runs},
-                "diverged or not finished": unscored}
-        first = next(iter(kept["runs"].values()))
-        height = width = max(64, first["config"].get("image_size", 0))  # smaller ones are enlarged
-        if "iclevr" in first["script"]:
-            height += OBJECT_SIZE + 2  # the requested objects below each image
-        keep(strips({run.name: grid_of(run) for run in runs}, width, height), RESULTS / f"{name}.png")
+        kept = {"runs": {run.name: figures(run) for run in runs}, "diverged or not finished": unscored}
+        first = kept["runs"][runs[0].name]
+        width = max(64, first["config"].get("image_size", 0))  # smaller images are enlarged
+        below = OBJECT_SIZE + 2 if "iclevr" in first["script"] else 0  # the objects requested in each image
+        picture = strips({run.name: grid_of(run) for run in runs}, width, width + below)
     else:
-        kept = {"note": note, "grids": grids} | figures(folder)
-        keep(grid_of(folder), RESULTS / f"{name}.png")
-    text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
-    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+        kept, picture = figures(folder), grid_of(folder)
+    write_json(RESULTS / "records" / f"{name}.json", {"note": note, "grids": grids} | kept)
+    keep(picture, RESULTS / "figures" / f"{name}.png")
     for grid in grids:
-        keep(Image.open(folder / f"{grid}.png"), RESULTS / f"{name}_{grid}.png")
+        keep(Image.open(folder / f"{grid}.png"), RESULTS / "figures" / f"{name}_{grid}.png")
 
 
 def keep_generator(folder: Path, target: Path) -> None:
-    """A run in `target` that holds the generator alone, in half precision: the one that the summary is of."""
+    """Write a run folder with only the generator that the summary scores, in half precision."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = "last" if config["script"] in DIGITS else "best"
-    state = load_checked(folder / f"{name}.pt")
+    state = load_verified(folder / f"{name}.pt")
     weights = {key: x.half() if x.is_floating_point() else x for key, x in state["ema"].items()}
     kept = {key: state[key] for key in ("step", "best", "data")} | {"means": {}, "rng": []}
     settings = config["config"] | {"out": "", "precision": "auto"}
@@ -117,9 +120,9 @@ def keep_generator(folder: Path, target: Path) -> None:
 
 
 def strips(grids: dict[str, Image.Image], width: int = 64, height: int = 64) -> Image.Image:
-    """The last eight images of each grid (its last line, if that has fewer) in a row with its name.
+    """The last eight images of each grid, or its last row if that is shorter, under the run's name.
 
-    width, height: of an image with its caption, in pixels. In a sweep of one seed the rows have the same z.
+    width and height are those of an image with its caption, in pixels. Runs of one seed show the same z.
     """
     widths = [min(8 * (width + 2) + 2, grid.width) for grid in grids.values()]
     canvas = Image.new("RGB", (max(widths), len(grids) * (height + 20)), "white")
@@ -134,117 +137,99 @@ def strips(grids: dict[str, Image.Image], width: int = 64, height: int = 64) -> 
 # ---------------------------------------------------------------------- the tables
 
 def number(mean: float, std: float) -> str:
-    """The mean to the first digit of its spread, four decimals at most; one draw has no spread."""
-    if not std:
-        return f"{mean:.4g}"
-    decimals = min(4, max(0, -math.floor(math.log10(std))))
-    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+    """The mean to the first digit of its spread, at most four decimals; four digits if there is no spread."""
+    decimals = min(4, max(0, -math.floor(math.log10(std)))) if std else 0
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}" if std else f"{mean:.4g}"
 
 
 def short(command: str) -> str:
-    """A command without the flags that change no score, and without folders of this machine."""
+    """A command without folders of this machine and without flags that change no score."""
     command = re.sub(r"--resume \S+", "--resume RUN", command)
-    return "python " + re.sub(r" --(log-every|sample-every|save-every|out) \S+", "", command)
+    return re.sub(r" --(log-every|sample-every|save-every|out) \S+", "", command)
 
 
-def summary_step(kept: dict) -> int:
-    """The iteration of the checkpoint that the summary is of: the last one for digits, else the best."""
-    last = kept["script"] in DIGITS or "best" not in kept["scores"]
-    return kept["scores"]["last" if last else "best"]["step"]
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def data_of(kept: dict) -> str:
-    return kept["scores"]["data"].replace("drawn", "synthetic")  # the earlier name, in kept records
+def scores_of(summary: dict[str, list], most: int | None = None) -> str:
+    return ", ".join(f"{column} {number(*value)}" for column, value in list(summary.items())[:most])
 
 
-def hardware(kept: dict) -> str:
-    known = kept["hardware"] if "hardware" in kept else kept["sittings"][0]["hardware"]
-    return known.replace(" 1 threads", " 1 thread")
+def time_of(run: dict) -> str:
+    return f"{run['iterations']:,} in {run['seconds'] / 60:.0f} min, {run['sittings'][0]['hardware']}"
 
 
-def minutes(kept: dict) -> str:
-    return f"{kept['iterations']:,} in {kept['seconds'] / 60:.0f} min"
+def heading(name: str, kept: dict) -> str:
+    """A record's command and commit, remarks, and links to it and to those of its pictures that exist."""
+    run = next(iter(kept.get("runs", {"": kept}).values()))
+    command = f"`python {short(run['command'])}` at {run.get('sittings', [run])[0]['commit']}"
+    files = {"record": f"records/{name}.json", "picture": f"figures/{name}.png",
+             **{grid: f"figures/{name}_{grid}.png" for grid in kept.get("grids", [])}}
+    links = ", ".join(f"[{text}]({file})" for text, file in files.items() if (RESULTS / file).is_file())
+    return "; ".join(filter(None, [command, *map(kept.get, ("what", "hardware", "note"))])) + f" ({links})"
 
 
-def blocks() -> dict[Path, dict[str, str]]:
-    """{README: {marker: what stands between it and END}}."""
-    kept = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))}
-    sweeps = [sweep_table(name, k) for name, k in kept.items() if "runs" in k]
-    found = {"<!-- runs -->": "\n".join(run_rows(kept)), "<!-- sweeps -->": "\n\n".join(sweeps)}
+def run_table(runs: dict[str, dict]) -> str:
+    """A row for each run {its first cell: run}."""
+    rows = []
+    for name, run in runs.items():
+        scores, last = run["scores"], run["script"] in DIGITS or "best" not in run["scores"]
+        rows.append([name, scores["data"], run["config"]["recipe"], scores["judge"],
+                     f"{scores_of(scores['summary'])} ({scores['draws']} samples of z)",
+                     f"{scores['last' if last else 'best']['step']:,}", time_of(run)])
+    return table("run, data, recipe, judge, scores, of iteration, iterations and time".split(", "), rows)
+
+
+def script_table(kept: dict[str, dict]) -> str:
+    """README's table: a row for each script."""
+    rows = []
+    for script, method, name, flags, paper, report in SCRIPTS:
+        runs, here = list(kept[name].get("runs", {"": kept[name]}).values()), "not run"
+        run, seeds = runs[0], f"{len(runs)} seeds" if runs[1:] else "one seed"
+        size, summary = run["config"].get("image_size", 32), run["scores"]["summary"]
+        if runs[1:]:
+            values = {column: [k["scores"]["summary"][column][0] for k in runs] for column in summary}
+            summary = {column: [mean(v), stdev(v)] for column, v in values.items()}
+        if paper:
+            variants = kept[paper].get("runs", {"": kept[paper]}).values()
+            best = min(variants, key=lambda k: k["scores"]["summary"].get("FD (judge)", [0]))
+            remarks = [f"best of {len(variants)} variants"] * (len(variants) > 1) + [time_of(best)]
+            remarks += ["another judge"] * (best["scores"]["judge"] != run["scores"]["judge"])
+            here = f"{scores_of(best['scores']['summary'], 2)} ({', '.join(remarks)})"
+        rows.append([f"[{script}]({script})", method, f"{run['scores']['data']}, {size}×{size}",
+                     f"{scores_of(summary, 4)} ({seeds})", f"{run['config']['recipe']}: `{flags}`",
+                     time_of(run), here, report])
+    return table(["script", "method", "data", "result", "recipe", "time and hardware",
+                  "the paper's recipe, here", "reference report"], rows)
+
+
+def pages() -> dict[Path, str]:
+    """{file: its text with the tables of today's records}: runs.md, and the READMEs with their markers."""
+    files = sorted((RESULTS / "records").glob("*.json"))
+    kept = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    single = sorted((k["script"], k["iterations"], name) for name, k in kept.items() if "scores" in k)
+    found = {"Runs": run_table({f"{n}: {heading(n, kept[n])}": kept[n] for *_, n in single})}
     for name, k in kept.items():
-        if "rows" in k:
-            links = f"[a strip of each]({name}.png), [all figures]({name}.json)"
-            found[f"<!-- {name} -->"] = (f"`python {k['command']}` on {k['what']}; {hardware(k)} a run "
-                                         f"({links}):\n\n{markdown(k['rows'])}")
-        if "scripts" in k:
-            about = f"`python {k['command']}` ({hardware(k)}; [figures]({name}.json))"
-            found[f"<!-- {name} -->"] = f"{about}:\n\n{speed(k['scripts'])}"
-    return {ROOT / "README.md": {"<!-- scripts -->": "\n".join(script_rows(kept))},
-            RESULTS / "README.md": found}
-
-
-def script_rows(kept: dict[str, dict]) -> list[str]:
-    """The README's table: a row for each script."""
-    lines = ["| script | paper | data | score | iterations, time | write-up |", "| --- " * 6 + "|"]
-    for script, paper, name, write_up in SCRIPTS:
-        runs = list(kept[name].get("runs", {"": kept[name]}).values())
-        k, summaries = runs[0], [run["scores"]["summary"] for run in runs]
-        scores = {c: [summary[c][0] for summary in summaries] for c in list(summaries[0])[:3]}
-        text = ", ".join(f"{c} {number(mean(v), stdev(v) if v[1:] else summaries[0][c][1])}"
-                         for c, v in scores.items())
-        size = k["config"].get("image_size", 32)
-        cells = [f"[{script}]({script})", paper, f"{data_of(k)}, {size}×{size}",
-                 f"{text} ({f'{len(runs)} seeds' if runs[1:] else 'one seed'})",
-                 f"{minutes(k)}, {hardware(k)}", write_up]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def speed(scripts: dict[str, dict[str, float]]) -> str:
-    """Seconds an iteration takes, and ratios: a line for each script."""
-    columns = list(next(iter(scripts.values())))
-    lines = [f"| seconds an iteration | {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
-    lines += [f"| {name} | {' | '.join(f'{value:.3g}' for value in row.values())} |"
-              for name, row in scripts.items()]
-    return "\n".join(lines)
-
-
-def sweep_table(name: str, kept: dict) -> str:
-    """A sweep's command, judge and hardware, and a line for each of its runs."""
-    first = next(iter(kept["runs"].values()))
-    pictures = {"a strip of each": f"{name}.png"} | {g: f"{name}_{g}.png" for g in kept["grids"]}
-    pictures["all figures"] = f"{name}.json"
-    links = ", ".join(f"[{text}]({file})" for text, file in pictures.items())
-    scores, note = first["scores"], f"; {kept['note']}" if kept["note"] else ""
-    lines = [f"`{short(first['command'])}` on {data_of(first)}, {scores['draws']} draws; judge: "
-             f"{scores['judge']}; {hardware(first)}{note} ({links}):", "",
-             f"| run | {' | '.join(scores['summary'])} | after | iterations, time |",
-             "| --- " * (3 + len(scores["summary"])) + "|"]
-    for run, k in kept["runs"].items():
-        values = [number(*value) for value in k["scores"]["summary"].values()]
-        lines.append(f"| {run} | {' | '.join(values)} | {summary_step(k):,} | {minutes(k)} |")
-    lines += [f"| {run} | diverged or not finished |" for run in kept.get("diverged or not finished", [])]
-    return "\n".join(lines)
-
-
-def run_rows(kept: dict[str, dict]) -> list[str]:
-    """One line for each kept run."""
-    lines = ["| run | data | scores, after … iterations | judge | iterations, time, hardware | pictures |",
-             "| --- " * 6 + "|"]
-    runs = [(k["script"], k["iterations"], name) for name, k in kept.items() if "scores" in k]
-    for *_, name in sorted(runs):
-        k = kept[name]
-        scores = ", ".join(f"{c} {number(*v)}" for c, v in k["scores"]["summary"].items())
-        pace = f" ({k['seconds_per_1000_iterations']:,.0f} s per 1,000)" if k.get(
-            "seconds_per_1000_iterations") else ""
-        pictures = {"grid": f"{name}.png"} | {g: f"{name}_{g}.png" for g in k.get("grids", [])}
-        pictures["all figures"] = f"{name}.json"
-        cells = [f"`{short(k['command'])}`" + (f"<br>{k['note']}" if k["note"] else ""), data_of(k),
-                 f"{scores} ({k['scores']['draws']} draws), after {summary_step(k):,}", k["scores"]["judge"],
-                 f"{minutes(k)}{pace} on {hardware(k)}",
-                 ", ".join(f"[{text}]({file})" for text, file in pictures.items())]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        if "runs" in k:
+            lost = [f"\n| {run} | diverged or not finished |" for run in k["diverged or not finished"]]
+            text = "".join([run_table(k["runs"]), *lost])
+        elif "rows" in k:
+            text = markdown(k["rows"])
+        elif "scripts" in k:
+            rows = [[script, *(f"{x:.3g}" for x in row.values())] for script, row in k["scripts"].items()]
+            text = table(["seconds per iteration", *next(iter(k["scripts"].values()))], rows)
+        else:
+            continue
+        found[name] = f"{heading(name, k)}:\n\n{text}"
+    texts = {RESULTS / "runs.md": ABOUT + "".join(f"\n## {name}\n\n{text}\n" for name, text in found.items())}
+    for path in (ROOT / "README.md", RESULTS / "README.md"):
+        texts[path] = path.read_text(encoding="utf-8")
+        for name, text in (found | {"scripts": script_table(kept)}).items():
+            before, marker, rest = texts[path].partition(f"<!-- {name} -->\n")
+            if marker:
+                texts[path] = before + marker + text + "\n" + END + rest.split(END, 1)[1]
+    return texts
 
 
 def main() -> None:
@@ -252,23 +237,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="of a run, a sweep or ablations")
     parser.add_argument("name", nargs="?", help="what to keep it as")
     parser.add_argument("--note", default="", help="a remark for the table")
-    parser.add_argument("--grids", nargs="*", default=[], help="pictures to keep beside it: interpolation …")
+    parser.add_argument("--grids", nargs="*", default=[], help="further pictures to keep: interpolation …")
     parser.add_argument("--generator", action="store_true", help="keep only the generator")
     args = parser.parse_args()
     files = "scores.json", "sweep.csv", "ablations.json"
-    finished = args.folder and any((args.folder / file).is_file() for file in files)
-    if args.folder and not (args.name and finished):
+    if args.folder and not (args.name and any((args.folder / file).is_file() for file in files)):
         raise UserError(f"{args.folder}: give a folder with {' or '.join(files)} (see --eval), and a name")
-    if args.folder:
-        if args.generator:
-            keep_generator(args.folder, ROOT / "generators" / args.name)
-        else:
-            record(args.folder, args.name, args.note, args.grids)
-    for path, parts in blocks().items():
-        text = path.read_text(encoding="utf-8")
-        for marker, block in parts.items():
-            before, rest = text.split(marker)
-            text = before + marker + "\n" + block + "\n" + END + rest.split(END, 1)[1]
+    if args.folder and args.generator:
+        keep_generator(args.folder, ROOT / "pretrained" / "generators" / args.name)
+    elif args.folder:
+        record(args.folder, args.name, args.note, args.grids)
+    for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
 
 

@@ -1,11 +1,11 @@
-"""Runs of a script for all combinations of settings, each a process of its own, and one table of scores.
+"""Train a script with every combination of settings, each in a process of its own; end in a table of scores.
 
-    python benchmarks/sweep.py dcgan_mnist.py latent_dim=16,100 hidden_dim=16,100
-    python benchmarks/sweep.py acgan_celeba.py variants seed=0,1 -- --quick    # flags of the script after --
+    python tools/sweep.py dcgan_mnist.py latent_dim=16,100 hidden_dim=16,100
+    python tools/sweep.py sngan_iclevr.py recipe=paper,r3gan -- --quick    # flags of the script follow --
+    python tools/sweep.py acgan_celeba.py variants                         # the script's VARIANTS
 
-`variants` stands for the script's VARIANTS. Called again, a sweep continues where it stopped. A run that
-diverges is listed in the table; the others continue. Exit status: 3 if one diverged, 130 or 143 after Ctrl-C
-or SIGTERM.
+The same command continues a sweep that was stopped. A run that diverges is listed in the table, and the
+others continue. The exit status is 3 if a run diverged, and 130 or 143 after Ctrl-C or SIGTERM.
 """
 import csv
 import importlib
@@ -25,26 +25,27 @@ from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common.cli import ACTIONS, SPANS, Parser, flag, parse, stored_config  # noqa: E402
-from common.errors import Stopped, UserError, exit_status  # noqa: E402
-from common.system import free_folder, write_whole  # noqa: E402
+from common.files import UserError, atomic_write  # noqa: E402
+from harness.cli import ACTIONS, SPANS, Parser, Stopped, exit_status, flag, parse, stored_config  # noqa: E402
+from harness.run import new_run_dir  # noqa: E402
 
 DIVERGED = "diverged.txt"  # in the folder of a run that ended with a loss that is not finite
-SCORES = ("accuracy", "tv", "fd")  # what the names of scores in metrics.csv begin with
+SCORES = ("accuracy", "tv", "fd")  # columns of metrics.csv that begin so hold scores
 
 
 @dataclass
 class Job:
+    """One run of a script."""
     script: str  # "dcgan_mnist"
     folder: Path
     flags: list[str]  # without --out
 
     def check(self) -> None:
-        """Raises UserError for flags that the script refuses, and for a folder with another run."""
+        """Set cfg. Raises UserError for flags that the script refuses, and for a folder with another run."""
         module = importlib.import_module(self.script)
-        self.cfg = cfg = parse(module.Config, module.QUICK, "", self.flags)[1]
+        self.cfg = cfg = parse(module.Config, module.RECIPES, module.QUICK, "", self.flags)[1]
         if not (self.folder / "config.json").exists():
-            free_folder(str(self.folder), "")
+            new_run_dir(str(self.folder))
             return
         given = {k: v for k, v in vars(cfg).items() if k not in ("out", "device", "iters") and v != "auto"}
         stored = stored_config(module.Config, self.folder, f"{self.script}.py", given, SPANS)
@@ -57,7 +58,7 @@ class Job:
         if not (self.folder / "scores.json").exists():
             return False
         scores = json.loads((self.folder / "scores.json").read_text(encoding="utf-8"))
-        return scores["last"]["step"] == self.cfg.iters  # not those of --eval on a run that was stopped
+        return scores["last"]["step"] == self.cfg.iters  # fewer: --eval scored a run that was stopped
 
     def command(self) -> list[str]:
         target = ["--out", str(self.folder), *self.flags]
@@ -68,22 +69,21 @@ class Job:
 
 
 def train_all(jobs: list[Job], at_once: int = 1, show: bool = False) -> None:
-    """Run all jobs that are not finished, `at_once` at a time. show: print what they print, too.
+    """Run all jobs that are not finished, `at_once` at a time. show: also print what they print.
 
-    If one fails other than by diverging, the others save and this exits with its status. Raises Stopped,
-    after all have saved, for a signal.
+    If a job fails other than by diverging, the others save and this exits with its status. After a signal,
+    all save and this raises Stopped.
     """
     for job in jobs:
         job.check()
-    threads = str(max(1, (os.cpu_count() or 1) // at_once))
-    environment = {"OMP_NUM_THREADS": threads} if at_once > 1 else {}
-    environment = environment | os.environ | {"PYTHONUNBUFFERED": "1"}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
+    environment = threads | os.environ | {"PYTHONUNBUFFERED": "1"}
     stop, running, failed = threading.Event(), set(), []
 
     def run(job: Job) -> None:
         if stop.is_set() or job.finished():
             return
-        # in a session of its own: a Ctrl-C reaches it once, from here
+        # in a session of its own, so that a Ctrl-C reaches it only once, from here
         process = subprocess.Popen(job.command(), env=environment, stdout=subprocess.PIPE, text=True,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         running.add(process)
@@ -99,14 +99,17 @@ def train_all(jobs: list[Job], at_once: int = 1, show: bool = False) -> None:
         if status == 3 and (job.folder / "config.json").exists():
             (job.folder / DIVERGED).write_text(last[-1])
         elif status and not stop.is_set():
-            failed.append(status if status > 0 else 128 - status)  # as a shell tells of signals
-            stop.set()
-            for other in list(running):
-                other.terminate()
+            failed.append(status if status > 0 else 128 - status)  # a shell's status after a signal
+            stop_all()
             print(f"error: {job.folder} ended with status {failed[0]}:\n{''.join(last).strip()}",
                   file=sys.stderr, flush=True)
         if not stop.is_set():
             print(f"{job.folder.name}: {'diverged' if status else 'done'}", flush=True)
+
+    def stop_all() -> None:
+        stop.set()
+        for process in list(running):
+            process.terminate()
 
     def stopped(number, _frame) -> None:
         raise Stopped("stopped; the same command continues", number)
@@ -116,9 +119,7 @@ def train_all(jobs: list[Job], at_once: int = 1, show: bool = False) -> None:
             for future in [pool.submit(run, job) for job in jobs]:
                 future.result()
         except KeyboardInterrupt:
-            stop.set()
-            for process in list(running):
-                process.terminate()
+            stop_all()
             raise
         finally:
             for s, handler in before.items():
@@ -130,40 +131,40 @@ def train_all(jobs: list[Job], at_once: int = 1, show: bool = False) -> None:
 def combinations(script: str, sweep: list[str], flags: list[str], out: Path) -> list[Job]:
     """A job for each combination of the FIELD=V1,V2,… in `sweep`; "variants" is the script's own list."""
     module = importlib.import_module(script)
-    fields = module.Config.__dataclass_fields__.keys() - {"out"}
+    fields = {name: field.type for name, field in module.Config.__dataclass_fields__.items() if name != "out"}
+    variants = getattr(module, "VARIANTS", {})
     options, swept = [], set()  # an option is {part of the folder's name: flags}
     for own in {f.split("=")[0] for f in flags} & {f"--{name}" for name in ("out", *ACTIONS)}:
         raise UserError(f"{own} after --: the sweep sets it for each run; leave it out")
     for item in sweep:
         name, _, values = item.partition("=")
-        if item == "variants" and hasattr(module, "VARIANTS"):
-            names, number = set().union(*module.VARIANTS.values()), len(module.VARIANTS)
-            options.append({variant: [f"{flag(f)}={v}" for f, v in settings.items()]
-                            for variant, settings in module.VARIANTS.items()})
+        if item == "variants" and variants:
+            names = set().union(*variants.values())
+            option = [(variant, [f"{flag(field)}={value}" for field, value in settings.items()])
+                      for variant, settings in variants.items()]
         elif name in fields and values:
             names, switch = {name}, {"true": flag(name), "false": f"--no-{flag(name)[2:]}"}
-            if module.Config.__dataclass_fields__[name].type is not bool:
-                switch = {value: f"{flag(name)}={value}" for value in values.split(",")}
-            number = len(values.split(","))
-            options.append({f"{name}={value}".replace("/", "_"): [switch.get(value, "")]
-                            for value in values.split(",")})
+            option = [(f"{name}={value}".replace("/", "_"),
+                       [switch.get(value, "") if fields[name] is bool else f"{flag(name)}={value}"])
+                      for value in values.split(",")]
         else:
             raise UserError(f"{item}: give a field of {script}.py's Config as FIELD=V1,V2"
-                            + (", or the word variants" if hasattr(module, "VARIANTS") else ""))
+                            + (", or the word variants" if variants else ""))
         given = [f for f in flags if f.split("=")[0].replace("--no-", "--") in map(flag, names)]
-        if names & swept or given or "" in sum(options[-1].values(), []) or len(options[-1]) < number:
+        if names & swept or given or any("" in x for _, x in option) or len(dict(option)) < len(option):
             raise UserError(f"{item}: set each field once, in the sweep or after --, to different "
                             "values it takes")
         swept |= names
-    jobs = []
-    for parts in itertools.product(*options):
-        chosen = [f for part, option in zip(parts, options, strict=True) for f in option[part]]
-        jobs.append(Job(script, out / ",".join(parts), [*flags, *chosen]))
-    return jobs
+        options.append(option)
+    return [Job(script, out / ",".join(part for part, _ in chosen), sum((x for _, x in chosen), [*flags]))
+            for chosen in itertools.product(*options)]
 
 
 def seconds_per_iteration(table: Path) -> float:
-    """Median over the rows of metrics.csv; pictures, which are rarer, do not count, nor rows with scores."""
+    """Median over the rows of metrics.csv, without those whose time includes scoring.
+
+    The time that sample grids take does not count either, because they are rarer than rows.
+    """
     with open(table, newline="") as f:
         points = [(int(r["step"]), float(r["seconds"]), any(v and c.startswith(SCORES) for c, v in r.items()))
                   for r in csv.DictReader(f)]
@@ -172,7 +173,7 @@ def seconds_per_iteration(table: Path) -> float:
 
 
 def table(jobs: list[Job]) -> list[list[str]]:
-    """A header and a line for each job: its summary and speed; if seeds were swept, also means over them."""
+    """A header and a row per job with its summary and speed; if seeds were swept, also means over them."""
     rows = {}
     for job in jobs:
         row = {}
@@ -197,8 +198,8 @@ def table(jobs: list[Job]) -> list[list[str]]:
             return f"{value[0]:.4g} ± {value[1]:.2g}"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [[name, *(cell(row.get(c, "")) for c in columns)] for name, row in rows.items()]
-    return [["run", *columns], *lines]
+    cells = [[name, *(cell(row.get(c, "")) for c in columns)] for name, row in rows.items()]
+    return [["run", *columns], *cells]
 
 
 def main() -> int:
@@ -218,15 +219,15 @@ def main() -> int:
     out = args.out or Path("runs") / f"{script}-sweep"
     jobs = combinations(script, args.sweep, argv[cut + 1:], out)
     train_all(jobs, args.jobs, show=True)
-    lines = table(jobs)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    rows = table(jobs)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
     def write(path: Path) -> None:
         with open(path, "w", newline="", encoding="utf-8") as f:
-            csv.writer(f).writerows(lines)
-    write_whole(out / "sweep.csv", write)
+            csv.writer(f).writerows(rows)
+    atomic_write(out / "sweep.csv", write)
     return 3 if any((job.folder / DIVERGED).exists() for job in jobs) else 0
 
 
