@@ -246,9 +246,8 @@ def validation_images(data: Data) -> torch.Tensor:
 
 
 def validation_sets(data: Data, n: int = 96) -> torch.Tensor:
-    """Label sets [≤ n, 3] of training scenes, up to n/3 of 1, 2, 3 objects: best.pt is chosen by these.
-
-    None is in a test list, unless all of them are.
+    """Label sets [≤ n, 3] of training scenes, up to n/3 of 1, 2, 3 objects each, that are in no test list (if
+    there are any): best.pt is chosen by these.
     """
     g, sets = torch.Generator().manual_seed(0), data.labels.unique(dim=0)
     tests = torch.cat([sets[:0], *data.test_label_sets.values()])
@@ -296,8 +295,7 @@ def count_attributes(probabilities: torch.Tensor, labels: torch.Tensor | None,
     if labels is None:
         return {}
     agree = decide(probabilities, groups) == labels
-    right = torch.stack([agree[:, list(c)].all(1) for c in groups], 1) if groups else agree
-    right = right.double()
+    right = (torch.stack([agree[:, list(c)].all(1) for c in groups], 1) if groups else agree).double()
     exact = right.prod(1).mean().item()
     return {"accuracy": right.mean().item(), "exact": exact, "by attribute": right.mean(0)}
 
@@ -316,9 +314,8 @@ KINDS = {
 
 # ---------------------------------------------------------------------- scores of generated images
 def over_draws(measure: Callable[[torch.Generator], dict], draws: int, seed: int) -> dict[str, tuple]:
-    """{score: (mean, standard deviation over draws)} of what measure(source of randomness) returns.
-
-    Draw i has the same z for one seed, whatever the device; the global random state is left alone.
+    """{score: (mean, standard deviation over draws)} of what measure(source of randomness) returns. Draw i
+    has the same z for one seed, whatever the device; the global random state is left alone.
     """
     g = torch.Generator().manual_seed(seed)
     found = [measure(g) for _ in range(draws)]
@@ -425,8 +422,8 @@ class Scorer:
 
 
 def get_scorer(run: Run, data: Data) -> Scorer | None:
-    """The run's scorer; None for --sample, without labels, and with --judge none."""
-    judge = get_judge(run.cfg, data, run.device) if run.wants_scores else None
+    """The run's scorer; None for --sample, without labels, with --judge none, and on other ranks than 0."""
+    judge = get_judge(run.cfg, data, run.device) if run.is_main and run.action != "sample" else None
     weights = getattr(run.cfg, "fid_weights", "none")
     return judge and Scorer(run.cfg, data, judge, get_inception(weights, run.device))
 
@@ -436,7 +433,6 @@ def finish(run: Run, data: Data, scorer: Scorer | None, sample: Sampler, save_pi
            shown: str = "best", labels: torch.Tensor | None = None, columns: list[str] | None = None,
            references: dict[str, Sampler] | None = None, more: Callable[[], dict] = dict) -> dict[str, dict]:
     """Score last.pt and best.pt, save pictures of the one that is `shown`, report; returns all scores.
-
     labels: those of single images (--to), in turn. references: samplers of real images, scored as a scale.
     more(): further scores of the loaded checkpoint. The summary in scores.json is of the shown checkpoint.
     """
@@ -453,7 +449,7 @@ def finish(run: Run, data: Data, scorer: Scorer | None, sample: Sampler, save_pi
     run.title += f", step {step}"
     if run.cfg.to:
         save_images(sample, run.cfg, data.classes, labels)
-    elif run.wants_pictures:
+    elif run.action != "eval":
         save_pictures()
     if scorer:
         report(run, data, scorer.judge, scores, columns or scorer.judge.kind.columns)

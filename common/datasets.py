@@ -357,10 +357,9 @@ def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
 
 
 class Batches:
-    """Shuffled batches, without replacement within an epoch, as a pure function of seed and number.
-
-    Process `rank` of `world_size` gets its share of each batch. The images live on `device` if they take at
-    most half of its free memory, else in the host's.
+    """Shuffled batches, without replacement within an epoch, as a pure function of seed and number. Process
+    `rank` of `world_size` gets its share of each. The images live on `device` if they take at most half of
+    its free memory, else in the host's.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int, device: torch.device, rank: int = 0,

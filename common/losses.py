@@ -23,17 +23,15 @@ def hinge_d(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def rahinge(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Relativistic average hinge loss: of scores less the other kind's mean score (Jolicoeur-Martineau 2018).
-
-    D's loss is rahinge(D(x), D(G(z))); G's is rahinge(D(G(z)), D(x)).
+    """Hinge loss of scores relative to the other kind's mean (Jolicoeur-Martineau 2018, section 4.2.1). D's
+    is rahinge(D(x), D(G(z))), G's rahinge(D(G(z)), D(x)).
     """
     return hinge_d(first - second.mean(), second - first.mean())
 
 
 def rpgan(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Relativistic pairing loss, E[-log σ(first - second)] (Huang et al. 2024, eq. 2).
-
-    D's loss is rpgan(D(x), D(G(z))); G's is rpgan(D(G(z)), D(x)).
+    """Relativistic pairing loss, E[-log σ(first - second)] (Huang et al. 2024, eq. 2). D's is
+    rpgan(D(x), D(G(z))), G's rpgan(D(G(z)), D(x)).
     """
     return F.softplus(second - first).mean()
 

@@ -4,12 +4,10 @@ import csv
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from shlex import join
 
@@ -48,8 +46,6 @@ class Run:
                  recipes: dict[str, dict] | None = None):
         self.cfg, self.script, self.action, self.folder = cfg, script, action, folder
         self.is_main = dist.rank() == 0
-        self.wants_pictures = action != "eval" and self.is_main
-        self.wants_scores = action != "sample" and self.is_main
         self.step, self.best, self.means, self.row, self.rows = 0, -math.inf, {}, {}, []
         self.looping, self.signal, self.warned, self.idle, self.writer = False, 0, set(), 0, None
         if action in ("sample", "eval") and dist.world_size() > 1:
@@ -259,7 +255,12 @@ class Run:
         if self.means and self.is_due("log"):
             values = torch.stack([total / n for total, n in self.means.values()]).tolist()
             means, self.means = dict(zip(self.means, values, strict=True)), {}
-            self._status(means)
+            now, (then, since) = time.monotonic(), self.mark
+            rate, self.mark = (self.step - since) / max(now - then, 1e-9), (now, self.step)
+            left = round((self.cfg.iters - self.step) / rate)
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            pace = f"{rate:.2f} it/s  {left // 60}:{left % 60:02} left"
+            self._say(f"step {self.step}/{self.cfg.iters}  {pace}  {shown}", status=True)
             self.idle = self.idle + 1 if abs(means.get("d_loss", 1)) < ZERO else 0
             if self.idle == 10:
                 self._warn("D's loss has been zero for ten rows of metrics.csv: G may no longer learn")
@@ -279,18 +280,12 @@ class Run:
             if not math.isfinite(value):
                 raise NotFinite(f"{name} is {value} at step {self.step}. {self._advice()}")
 
-    def _status(self, means: dict[str, float]) -> None:
-        """Print the status line: rewritten in place on a terminal, a line of its own elsewhere."""
-        now, (then, since), iters = time.monotonic(), self.mark, self.cfg.iters
-        rate, self.mark = (self.step - since) / max(now - then, 1e-9), (now, self.step)
-        left = timedelta(seconds=int((iters - self.step) / rate))
-        values = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-        line, end = f"step {self.step}/{iters}  {rate:.2f} it/s  {left} left  {values}", "\n"
-        if sys.stdout.isatty():
-            line, end = f"\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K", "" if left else "\n"
-        self._say(line, end)
-
-    def _say(self, line: str, end: str = "\n") -> None:
+    def _say(self, line: str, status: bool = False) -> None:
+        """Print a line; on a terminal, the status line is cut to its width and rewritten in place."""
+        end = "\n"
+        if status and sys.stdout.isatty():
+            line = f"\r{line[:os.get_terminal_size().columns - 1]}\x1b[K"
+            end = "" if self.step < self.cfg.iters else "\n"
         try:
             print(line, end=end, flush=True)
         except BrokenPipeError:  # stdout's reader has exited: stop, but only after the state is saved

@@ -225,7 +225,8 @@ def call(name: str, *argv) -> tuple[int, str, str]:
 def refuses(tmp_path):
     """Calls a script with a command line; expects status 2, one error line, and an untouched folder."""
     def files() -> dict:
-        return {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and "cache" not in str(p)}
+        found = (path for path in tmp_path.rglob("*") if "cache" not in str(path))
+        return {path: path.is_file() and path.stat().st_mtime_ns for path in found}
 
     def check(name, *argv, message):
         before = files()

@@ -1,4 +1,4 @@
-"""The table of results is what the kept figures say."""
+"""The tables of results say what the records say, and records keep all of a run that matters."""
 import json
 import re
 import shutil
@@ -8,80 +8,97 @@ import pytest
 import torch
 from PIL import Image
 
-from common import pictures
 from common.datasets import to_float
-from common.errors import UserError
-from results import record
+from common.files import UserError
+from harness import pictures
 from synthetic import scenes
-from tests.conftest import TINY, flags, run_here, script
+from tests.conftest import TINY, flags, run_here
+from tools import record
 
-GENERATORS = record.ROOT / "generators"
+GENERATORS = record.ROOT / "pretrained" / "generators"
 
 
 @pytest.fixture(scope="module")
 def tiny_run(workdir):
-    args = flags(TINY["sngan_iclevr"] | dict(iters=9, eval_every=4, save_every=4, out="runs/recorded"))
-    script("sngan_iclevr", *args, cwd=workdir)
-    return workdir / "runs" / "recorded"
+    fields = dict(iters=9, eval_every=4, save_every=4, out="runs/recorded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workdir)
+        patch.setattr("sys.argv", ["sngan_iclevr.py", *flags(TINY["sngan_iclevr"] | fields)])
+        return workdir / run_here("sngan_iclevr", **fields)
 
 
-def test_the_readme_s_tables_are_built_from_the_kept_results():
-    for path, parts in record.blocks().items():
-        text = path.read_text(encoding="utf-8")
-        for marker, block in parts.items():
-            assert text.split(marker)[1].split(record.END)[0].strip() == block, marker
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A results folder without records."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    for name in ("records", "figures"):
+        (tmp_path / "results" / name).mkdir(parents=True)
+    (tmp_path / "results" / "README.md").touch()
+    return tmp_path / "results"
 
 
-def test_the_readmes_links_exist():
-    for path in record.blocks():
-        targets = re.findall(r"(?:\]\(|src=\")([^)#\"]+)", path.read_text(encoding="utf-8"))
+def test_the_tables_are_those_of_the_records_and_their_links_exist():
+    for path, text in record.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: run python tools/record.py"
+        targets = re.findall(r"(?:\]\(|src=\")([^)#\"]+)", text)
         missing = [t for t in targets if not t.startswith("http") and not (path.parent / t).exists()]
         assert len(targets) > 10 and not missing
+    readme = (record.ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"| [{script}]({script}) |" in readme for script, *_ in record.SCRIPTS)
+
+
+def test_all_records_and_pictures_are_linked_to():
+    text = "".join(record.pages().values())
+    files = {f"{path.parent.name}/{path.name}" for path in record.RESULTS.glob("*/*.*")}
+    assert len(files) > 40 and not {file for file in files if file not in text}
 
 
 def test_the_results_weigh_little_on_a_clone():
-    sizes = {path.name: path.stat().st_size for path in record.RESULTS.rglob("*") if path.is_file()
-             and "__pycache__" not in path.parts}
+    sizes = {path.name: path.stat().st_size for path in record.RESULTS.rglob("*") if path.is_file()}
     assert not [name for name, size in sizes.items() if size > 300_000 and name.endswith(".png")]
-    assert sum(sizes.values()) < 6e6
+    assert sum(sizes.values()) < 4e6
 
 
 def test_no_record_has_a_path_of_the_machine_that_made_it():
-    for path in record.RESULTS.glob("*.json"):
+    for path in record.RESULTS.glob("records/*.json"):
         assert not re.search(r"[ \"=]/\w", path.read_text(encoding="utf-8")), path
     found = record.short("x.py --resume /home/me/runs/a --iters 9 --out /tmp/b")
-    assert found == "python x.py --resume RUN --iters 9"
+    assert found == "x.py --resume RUN --iters 9"
 
 
-def test_a_run_is_kept_with_all_that_its_figures_depend_on(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    record.record(tiny_run, "tiny", "a remark", ["interpolation"])
-    kept = json.loads((tmp_path / "tiny.json").read_text())
-    assert kept["iterations"] == 9 and kept["seconds"] >= 0
+def test_a_run_is_kept_with_all_that_its_scores_depend_on(tiny_run, results):
+    record.record(tiny_run, "tiny", "a remark", ["new_test"])
+    kept = json.loads((results / "records" / "tiny.json").read_text(encoding="utf-8"))
+    assert kept["iterations"] == 9 and kept["seconds"] >= 0 and kept["config"]["recipe"] == "paper"
     assert kept["command"].startswith("sngan_iclevr.py --data synthetic")
     assert {"commit", "hardware", "torch"} <= set(kept["sittings"][0])
-    assert (tmp_path / "tiny.png").exists() and (tmp_path / "tiny_interpolation.png").exists()
-    row = record.run_rows({"tiny": kept})[-1]
-    assert "--iters 9" in row and not any(flag in row for flag in ("--out", "--save-every", str(tiny_run)))
+    heading = record.heading("tiny", kept)
+    assert "--iters 9" in heading and not any(x in heading for x in ("--out", "--save-every", str(tiny_run)))
+    row = record.run_table({heading: kept}).splitlines()[-1]
     mean, std = kept["scores"]["best"]["accuracy test"]
-    for part in ("synthetic scenes", f"accuracy test {record.number(mean, std)}", "held-out accuracy",
-                 "a remark", f"after {kept['scores']['best']['step']} |", "9 in 0 min", "(tiny.png)",
-                 "[interpolation](tiny_interpolation.png)"):
+    for part in (f"at {kept['sittings'][0]['commit']}; a remark", "(records/tiny.json)", "(figures/tiny.png)",
+                 "[new_test](figures/tiny_new_test.png)", " | synthetic scenes | paper | ",
+                 "held-out accuracy", f"accuracy test {record.number(mean, std)}, ", "(2 samples of z)",
+                 f"| {kept['scores']['best']['step']} | 9 iterations in 0 min, "):
         assert part in row
+    (results / "figures" / "tiny.png").unlink()
+    assert "tiny.png" not in record.heading("tiny", kept)
 
 
-def test_a_kept_generator_is_scored_as_its_run(tiny_run, tmp_path, workdir):
-    target = tmp_path / "generator"
+def test_a_kept_generator_is_scored_as_its_run(tiny_run, here):
+    target = here / "generator"
     record.keep_generator(tiny_run, target)
     kept, run = ((folder / "best.pt").stat().st_size for folder in (target, tiny_run))
     assert kept < run / 4
     before = json.loads((tiny_run / "scores.json").read_text(encoding="utf-8"))
-    script("sngan_iclevr", "--eval", str(target), cwd=workdir)
+    run_here("sngan_iclevr", "eval", target)
     scores = json.loads((target / "scores.json").read_text(encoding="utf-8"))
     for name, (mean, _) in before["summary"].items():
         assert scores["summary"][name][0] == pytest.approx(mean, abs=0.02)
-    with pytest.raises(AssertionError, match="best.pt can't be read"):  # there is nothing to train on
-        script("sngan_iclevr", "--resume", str(target), cwd=workdir)
+    weights = (target / "best.pt").read_bytes()
+    with pytest.raises(UserError):  # it has no optimisers, nor D
+        run_here("sngan_iclevr", "resume", target)
+    assert (target / "best.pt").read_bytes() == weights
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in GENERATORS.iterdir()))
@@ -93,34 +110,47 @@ def test_the_generators_work_after_cloning(name, tmp_path):
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
 
 
-def test_a_sweep_is_kept_as_one(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
-    (tmp_path / "results").mkdir()
+def test_a_sweep_and_ablations_are_kept_as_one(tiny_run, results, tmp_path, monkeypatch):
     for name in ("one", "two"):
         shutil.copytree(tiny_run, tmp_path / "sweep" / name)
     (tmp_path / "sweep" / "three").mkdir()
     shutil.copy(tiny_run / "config.json", tmp_path / "sweep" / "three")
     (tmp_path / "sweep" / "sweep.csv").touch()
     record.record(tmp_path / "sweep", "both", "a remark", [])
-    kept = json.loads((tmp_path / "results" / "both.json").read_text())
-    assert sorted(kept["runs"]) == ["one", "two"] and kept["runs"]["one"]["iterations"] == 9
-    with Image.open(tmp_path / "results" / "both.png") as strips, Image.open(tiny_run / "test.png") as grid:
+    with Image.open(results / "figures" / "both.png") as strips, Image.open(tiny_run / "test.png") as grid:
         assert strips.size == (grid.width, 2 * (64 + 13 + 20))  # with the captions
-    assert len(record.run_rows({"both": kept})) == 2  # no row of its own, but a table
-    table = record.sweep_table("both", kept)
-    for part in ("a remark", "(both.png)", "| one | ", " | 9 in 0 min |", "| three | diverged or not f",
-                 "| accuracy test | accuracy new_"):
-        assert part in table
-    # a folder of ablations has its table and picture already
     (tmp_path / "ablations").mkdir()
-    (tmp_path / "ablations" / "ablations.json").write_text('{"rows": {}}')
+    (tmp_path / "ablations" / "ablations.json").write_text(json.dumps(
+        {"command": "tools/ablations.py", "commit": "0123abc", "hardware": "a CPU", "what": "a set",
+         "rows": {"linear": {"seeds": {"0": {}}, "diverged": 0, "written": "worse", "test": [1, 0]}}}))
     shutil.copy(tiny_run / "test.png", tmp_path / "ablations" / "ablations.png")
-    with pytest.raises(UserError, match="--note"):
-        record.record(tmp_path / "ablations", "tricks", "a remark", [])
     record.record(tmp_path / "ablations", "tricks", "", [])
-    assert json.loads((tmp_path / "results" / "tricks.json").read_text()) == {"rows": {}}
-    assert (tmp_path / "results" / "tricks.png").is_file()
+    assert (results / "figures" / "tricks.png").is_file()
+
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "SCRIPTS", [("x.py", "X", "both", "--quick", "both", "0.5")])
+    (tmp_path / "README.md").write_text("before\n<!-- scripts -->\nold\n<!-- end -->\nafter\n")
+    (results / "README.md").write_text("<!-- tricks -->\n<!-- end -->\n")
+    readme, notes, runs = (record.pages()[path] for path in (
+        tmp_path / "README.md", results / "README.md", results / "runs.md"))
+    for part in ("## both\n\n`python sngan_iclevr.py --data",
+                 "; a remark ([record](records/both.json), [picture](figures/both.png)):",
+                 "\n| one | synthetic scenes | paper | ", "\n| three | diverged or not finished |"):
+        assert part in runs
+    assert runs.count("| synthetic scenes |") == 2  # a sweep has no row of its own
+    tricks = ("`python tools/ablations.py` at 0123abc; a set; a CPU ([record](records/tricks.json), "
+              "[picture](figures/tricks.png)):\n\n| | test |")
+    assert tricks in runs and notes.startswith(f"<!-- tricks -->\n{tricks}")
+    assert readme.startswith("before\n<!-- scripts -->\n| script | method |") and "old" not in readme
+    assert "| [x.py](x.py) | X | synthetic scenes, 32×32 | accuracy test " in readme
+    assert "(2 seeds) | paper: `--quick` | 9 iterations in 0 min, " in readme
+    assert "(best of 2 variants, 9 iterations" in readme
+    assert readme.endswith(" | 0.5 |\n<!-- end -->\nafter\n")
+
+
+def test_numbers_are_rounded_to_their_spread():
     assert record.number(0.25, 0.0) == "0.25" and record.number(0.25, 0.01) == "0.25 ± 0.01"
+    assert record.number(101.8, 1.55) == "102 ± 2"
 
 
 def test_kept_pictures_keep_the_colours_of_objects_and_captions(tmp_path):

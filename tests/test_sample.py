@@ -121,7 +121,7 @@ def test_mistakes_are_refused_before_anything_is_written(here, refuses):
             (["--to", "x", "--labels", "red cubes"], "set 1 has an unknown object 'red cubes'"),
             (["--to", "x", "--labels", "red cube;"], "set 2 has an unknown object ''"),
             (["--to", "x", "--labels", "red cube,red cube"], "1 to 3 different objects"),
-            (["--to", "x", "--labels", "red cube,blue cube,gray cube,red sphere"], "1 to 3 different objects"),
+            (["--to", "x", "--labels", "red cube,blue cube,gray cube,red sphere"], "1 to 3 different"),
             (["--to", "x", "--n", "0"], "--n 0: must be"), (["--to", "full"], "full already exists"),
             (["--n", "5"], "--n is for --sample RUN --to FOLDER"),
             (["--labels", "red cube"], "--labels is for --sample RUN --to FOLDER")):

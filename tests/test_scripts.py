@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,12 @@ from PIL import Image
 
 from common.files import UserError
 from harness.cli import Settings, parse
+from harness.run import Run
 from tests.conftest import TINY, CountReads, call, flags, rows_of, run_here, same, same_runs, script
 
 NAMES = list(TINY)
 GANS = [name for name in NAMES if name != "vae_celeba"]
-HEADLINE = {name: "last" if "mnist" in name else "best" for name in NAMES}  # what pictures and summary are of
+SHOWN = {name: "last" if "mnist" in name else "best" for name in NAMES}  # what pictures and summary are of
 OTHER = dict.fromkeys(NAMES, "r3gan") | {"infogan_mnist": "robust", "vae_celeba": "beta"}  # than paper
 ORDER = ["D", "opt", "real", "fake", "y", "cfg"]
 SCENES = ["test", "new_test", "real_beside_generated", "objects"]
@@ -32,19 +34,19 @@ GRIDS = {
 
 @pytest.fixture(scope="module")
 def finished(workdir):
-    """{script: (folder, output, titles of pictures) of nine iterations of the other recipe}, when needed."""
+    """script → folder, output and titles of pictures of nine iterations of its other recipe."""
     made = {}
 
     def get(name):
         if name not in made:
+            titles, textwrap = [], importlib.import_module("textwrap")
+            spy = SimpleNamespace(wrap=lambda title, width: titles.append(title) or textwrap.wrap(title, width))
+            fields = dict(recipe=OTHER[name], iters=9, sample_every=3, eval_every=4, save_every=4)
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(workdir)
-                titles, textwrap = [], importlib.import_module("textwrap")
-                patch.setattr("harness.pictures.textwrap", SimpleNamespace(
-                    wrap=lambda title, width: titles.append(title) or textwrap.wrap(title, width)))
-                fields = dict(recipe=OTHER[name], iters=9, sample_every=3, eval_every=4, save_every=4)
+                patch.setattr("harness.pictures.textwrap", spy)
                 status, output, errors = call(name, *flags(TINY[name] | fields))
-                assert (status, errors) == (0, "")
+            assert (status, errors) == (0, "")
             made[name] = workdir / "runs" / f"{name}-{OTHER[name]}-synthetic", output, titles
         return made[name]
     return get
@@ -72,12 +74,10 @@ def test_a_run_leaves_everything_and_the_best_of_its_scored_steps(finished, name
     scores = scores_of(folder)
     assert scores["data"].startswith("synthetic ") and "held-out accuracy" in scores["judge"]
     assert scores["last"]["step"] == 9 and scores["summary"]
-    for column, value in scores["summary"].items():
-        assert value == scores[HEADLINE[name]][column]
+    assert all(value == scores[SHOWN[name]][column] for column, value in scores["summary"].items())
     for line in ("device: cpu", "data: synthetic", "judge: (ResNet|digit)", "run: "):  # what each start says
         assert len(re.findall(f"^{line}", output, re.M)) == 1, line
-    assert "FID: not measured" in output if "iclevr" not in name else "FID" not in output
-    assert output.count("FID") == ("iclevr" not in name)  # nothing else goes by that name
+    assert output.count("FID") == output.count("FID: not measured") == ("iclevr" not in name)  # by this name
     best = torch.load(folder / "best.pt", weights_only=True)
     column, sign = ("accuracy_val", 1) if "iclevr" in name else ("fd_judge", -1)
     values = {row["step"]: sign * row[column] for row in rows if column in row}
@@ -87,25 +87,21 @@ def test_a_run_leaves_everything_and_the_best_of_its_scored_steps(finished, name
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_that_a_run_leaves_names_its_recipe(finished, name):
-    """And the recipe's fields that were set to other values; final pictures are of the scored checkpoint."""
-    folder, output, titles = finished(name)
-    recipe, module = f"recipe {OTHER[name]}", importlib.import_module(name)
-    fields = TINY[name].keys() & {field for values in module.RECIPES.values() for field in values}
-    settings = module.RECIPES[OTHER[name]]
-    changed = {f for f in fields if TINY[name][f] != settings.get(f, getattr(module.Config(), f))}
-    scores = scores_of(folder)
-    assert scores["recipe"].split(", ")[0] == recipe
-    assert set(scores["recipe"].split(", ")[1:]) == {f"{field} {TINY[name][field]}" for field in changed}
-    assert "sngan" not in name or "batch_size 8" in scores["recipe"]
+    """Its fields that have other values, too; the final pictures are of the scored checkpoint."""
+    (folder, output, titles), module, scores = finished(name), importlib.import_module(name), None
+    scores, expected = scores_of(folder), vars(module.Config()) | module.RECIPES[OTHER[name]]
+    fields = {field for recipe in module.RECIPES.values() for field in recipe} & TINY[name].keys()
+    recipe, *changed = scores["recipe"].split(", ")
+    assert recipe == f"recipe {OTHER[name]}" and len(changed) == len(set(changed)) and set(changed) == {
+        f"{field} {TINY[name][field]}" for field in fields if TINY[name][field] != expected[field]}
     content = json.loads((folder / "config.json").read_text())
     assert content["config"]["recipe"] == OTHER[name]
     assert f"--recipe {OTHER[name]}" in content["sittings"][0]["command"]
-    assert torch.load(folder / "last.pt", weights_only=True)["config"]["recipe"] == OTHER[name]
-    assert f"{folder.relative_to(folder.parents[1])}: {scores['data']}, {scores['recipe']}" in output
+    assert f"{folder.name}: {scores['data']}, {scores['recipe']}, " in output
     assert all(t.startswith(f"{name} on {scores['data']}, {scores['recipe']}, ") for t in titles)
     steps = [int(re.search(r", seed 0, step (\d+)", title)[1]) for title in titles]
-    shown = scores[HEADLINE[name]]["step"]
-    assert steps[:3] == [3, 6, 9] and set(steps[3:]) == {shown} and len(steps) >= 3 + len(GRIDS[name])
+    assert steps[:3] == [3, 6, 9] and set(steps[3:]) == {scores[SHOWN[name]]["step"]}
+    assert len(steps) >= 3 + len(GRIDS[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,12 +109,11 @@ def test_eval_and_sample_read_the_same_checkpoint_again(finished, workdir, monke
     folder = finished(name)[0]
     monkeypatch.chdir(workdir)
     before = scores_of(folder)
-    grids = {grid: (folder / f"{grid}.png").read_bytes() for grid in GRIDS[name]}
-    (folder / "scores.json").unlink()
-    for grid in grids:
-        (folder / f"{grid}.png").unlink()
+    grids = {folder / f"{grid}.png": (folder / f"{grid}.png").read_bytes() for grid in GRIDS[name]}
+    for path in [folder / "scores.json", *grids]:
+        path.unlink()
     run_here(name, "eval", folder)
-    assert not any((folder / f"{grid}.png").exists() for grid in grids)
+    assert not any(path.exists() for path in grids)
     after = scores_of(folder)
     assert after.keys() == before.keys() and after["recipe"] == before["recipe"]
     for column, (mean, _) in before["summary"].items():
@@ -126,9 +121,9 @@ def test_eval_and_sample_read_the_same_checkpoint_again(finished, workdir, monke
     (folder / "scores.json").unlink()
     run_here(name, "sample", folder)
     assert not (folder / "scores.json").exists()
-    assert grids == {grid: (folder / f"{grid}.png").read_bytes() for grid in grids}
+    assert grids == {path: path.read_bytes() for path in grids}
     run_here(name, "sample", folder, seed=5)  # other z, of the same training
-    assert grids != {grid: (folder / f"{grid}.png").read_bytes() for grid in grids}
+    assert grids != {path: path.read_bytes() for path in grids}
 
 
 VARIANTS = [(name, {}) for name in NAMES] + [(name, dict(recipe=OTHER[name])) for name in GANS] + [
@@ -139,30 +134,22 @@ VARIANTS = [(name, {}) for name in NAMES] + [(name, dict(recipe=OTHER[name])) fo
 
 @pytest.mark.parametrize("name, fields", VARIANTS, ids=str)
 def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(here, monkeypatch, name, fields):
-    from harness.run import Run
-
-    class Cut(Exception):
-        pass
-
     def log(self):
         original(self)
         if self.step >= 6:
-            raise Cut
-    fields = fields | dict(iters=9, sample_every=5, eval_every=4, save_every=3)
+            raise InterruptedError
+    fields, original = fields | dict(iters=9, sample_every=5, eval_every=4, save_every=3), Run._log
     run_here(name, out="whole", **fields)
-    original = Run._log
-    with monkeypatch.context() as patch, pytest.raises(Cut):
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(Run, "_log", log)
         run_here(name, out="cut", **fields)
     assert torch.load("cut/last.pt", weights_only=True)["step"] == 3
-    run_here(name, "resume", "cut")
-    same_runs(here / "cut", here / "whole")
-    if name == "dcgan_mnist" and not fields.get("recipe"):  # one that was killed before its first checkpoint
-        shutil.copytree("whole", "early")
-        for checkpoint in ("last.pt", "previous.pt", "best.pt"):
-            Path("early", checkpoint).unlink()
-        run_here(name, "resume", "early")
-        same_runs(here / "early", here / "whole")
+    shutil.copytree("cut", "early")  # as if it had been killed before its first checkpoint
+    for path in Path("early").glob("*.pt"):
+        path.unlink()
+    for folder in ("cut", "early") if name == "dcgan_mnist" else ("cut",):
+        run_here(name, "resume", folder)
+        same_runs(here / folder, here / "whole")
 
 
 @pytest.mark.parametrize("name, recipe", [(name, r) for name in NAMES for r in ("paper", OTHER[name])])
@@ -188,45 +175,41 @@ def test_precision_averages_and_determinism_are_switches(here, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_settings_have_their_help_and_come_from_flags_quick_recipe_default_in_this_order(name):
+def test_settings_have_help_and_come_from_flags_else_quick_else_recipe_else_default(name):
     module = importlib.import_module(name)
     source = inspect.getsource(module.Config) + inspect.getsource(Settings)
     lines = [line for line in source.splitlines() if re.match(r"    \w+: ", line)]
     assert len(lines) > 20 and all("  # " in line for line in lines)
     default, recipes, quick = vars(module.Config()), module.RECIPES, module.QUICK
+    other = recipes[OTHER[name]] | dict(recipe=OTHER[name])
 
-    def parsed(*argv) -> dict:
+    def parsed(*argv: str) -> dict:
         return vars(parse(module.Config, recipes, quick, "", argv, Path(module.__file__))[1])
-    assert [*recipes] == ["paper", OTHER[name]] and recipes["paper"] == {} and quick["recipe"] == OTHER[name]
-    settings = recipes[OTHER[name]] | dict(recipe=OTHER[name])
+    assert [*recipes] == ["paper", OTHER[name]] and not recipes["paper"] and quick["recipe"] == OTHER[name]
     assert parsed() == parsed("--recipe", "paper") == default and default["recipe"] == "paper"
-    assert parsed("--recipe", OTHER[name]) == default | settings
-    assert parsed("--quick") == parsed("--quick", "--recipe", OTHER[name]) == default | settings | quick
+    assert parsed("--recipe", OTHER[name]) == default | other
+    assert parsed("--quick") == default | other | quick
     assert parsed("--quick", "--recipe", "paper") == default | quick | dict(recipe="paper")
-    field = next(f for f, value in settings.items() if isinstance(value, float) and f not in quick)
-    given = dict(iters=7, log_every=3) | {field: 0.125}
-    assert parsed("--quick", *flags(given)) == default | settings | quick | given
+    given = dict(iters=7, log_every=3) | {next(f for f, v in other.items() if isinstance(v, float)): 0.125}
+    assert parsed("--quick", *flags(given)) == default | other | quick | given
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_other_settings_other_runs_and_unknown_recipes_are_refused(finished, refuses, name):
-    folder = finished(name)[0]
+    folder, other = finished(name)[0], NAMES[NAMES.index(name) - 1]
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     refuses(name, "--recipe", "best", message="--recipe: invalid choice: 'best' (choose from")
-    refuses(name, "--quick", "--recipe", "", message="--recipe: invalid choice")
     refuses(name, "--resume", folder, "--recipe", "paper", message=f"--recipe is '{OTHER[name]}' there")
     refuses(name, "--resume", folder, "--batch-size", "9", message="--batch-size is 8 there, 9 here")
     refuses(name, "--sample", folder, "--save-every", "9", message="--save-every is 4 there, 9 here")
+    refuses(name, "--eval", finished(other)[0], message=f"is a run of {other}.py")
     refuses(name, "--out", folder, message="already exists")
     refuses(name, "--data", "nowhere", message="nowhere")
-    other = NAMES[NAMES.index(name) - 1]
-    refuses(name, "--eval", finished(other)[0], message=f"is a run of {other}.py")
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
 def test_resuming_with_other_images_is_refused(here, iclevr):
-    fields = dict(iters=2, batch_size=4, data=str(iclevr), judge="none")
-    folder = run_here("sngan_iclevr", **fields)
+    folder = run_here("sngan_iclevr", iters=2, batch_size=4, data=str(iclevr), judge="none")
     assert folder.name == "sngan_iclevr"  # real data and the paper's recipe: no suffix
     Image.new("RGB", (40, 30)).save(next((iclevr / "images").iterdir()))
     with pytest.raises(UserError, match="does not hold the images"):
@@ -244,30 +227,28 @@ def test_a_short_run_on_cuda(tmp_path, name):
 @pytest.mark.parametrize("name", GANS)
 def test_one_pass_of_g_serves_both_steps_with_the_augmented_images(here, monkeypatch, name):
     """Further steps of D have their own images; arguments have one order in all scripts."""
-    module, passes, changes, given = importlib.import_module(name), [], [], {"d_step": [], "g_step": []}
+    module, passes, changes, d_calls, g_calls = importlib.import_module(name), [], [], [], []
+    forward, change = module.Generator.forward, {"infogan_mnist": "instance_noise"}.get(name, "random_flip_translate")
+    seen = {"d_step": lambda given, _: d_calls.append(given), "g_step": lambda given, _: g_calls.append(given),
+            change: lambda given, result: changes.append((given["x"], result))}
 
-    def spy(function: str, seen) -> None:
-        original = getattr(module, function, None)
-
+    def spy(function: Callable, then: Callable) -> Callable:
         def wrapper(*arguments):
-            result = original(*arguments)
-            seen(inspect.signature(original).bind(*arguments).arguments, result)
+            result = function(*arguments)
+            then(inspect.signature(function).bind(*arguments).arguments, result)
             return result
-        monkeypatch.setattr(module, function, wrapper, raising=False)
-    for step, calls in given.items():
-        order = [p for p in inspect.signature(getattr(module, step)).parameters if p in ORDER]
-        assert order == [p for p in ORDER if p in order] and {"D", "opt", "fake", "cfg"} <= set(order)
-        spy(step, lambda arguments, _, calls=calls: calls.append(arguments))
-    change = "instance_noise" if name == "infogan_mnist" else "random_flip_translate"
-    spy(change, lambda arguments, result: changes.append((arguments["x"], result)))
-    forward = module.Generator.forward
+        return wrapper
+    for function, then in seen.items():
+        monkeypatch.setattr(module, function, spy(getattr(module, function, None), then), raising=False)
     monkeypatch.setattr(module.Generator, "forward", lambda G, *x: (
         passes.extend([1] * G.training), forward(G, *x))[1])
-    run_here(name, iters=1, judge="none", recipe=OTHER[name], **{"add_noise": False} if "sngan" in name else {})
-    n_dis, d_calls, (g_call,) = TINY[name].get("n_dis", 1), given["d_step"], given["g_step"]
-    fakes, last = [call["fake"] for call in d_calls], g_call["fake"]
-    assert len(passes) == n_dis == len(fakes)
+    run_here(name, iters=1, judge="none", recipe=OTHER[name], **dict(add_noise=False) if "sngan" in name else {})
+    fakes, last = [given["fake"] for given in d_calls], g_calls[0]["fake"]
+    assert len(passes) == len(fakes) == TINY[name].get("n_dis", 1) and len(g_calls) == 1
     assert torch.equal(fakes[-1], last) and last.requires_grad and not any(x.requires_grad for x in fakes)
-    assert n_dis == 1 or not torch.equal(fakes[0], fakes[1])
-    for x in [*fakes, *(call["real"] for call in d_calls)] if name != "dcgan_mnist" else []:
+    assert not any(torch.equal(x, last) for x in fakes[:-1])
+    for x in [*fakes, *(given["real"] for given in d_calls)] if name != "dcgan_mnist" else []:
         assert any(torch.equal(x, after) and not torch.equal(x, before) for before, after in changes)
+    for given in (*d_calls, *g_calls):
+        order = [name for name in given if name in ORDER]
+        assert order == [name for name in ORDER if name in order] and {"D", "opt", "fake", "cfg"} <= {*order}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import acgan_celeba
-from benchmarks import sweep
-from common.errors import UserError
+from common.files import UserError
 from tests.conftest import TINY, flags
+from tools import sweep
 
 
 def call(monkeypatch, *argv) -> int:
@@ -18,26 +18,27 @@ def call(monkeypatch, *argv) -> int:
 
 
 def named(script, items, extra=()):
-    jobs = sweep.combinations(script, items, list(extra), Path("x"))
-    return {job.folder.name: job.flags for job in jobs}
+    return {job.folder.name: job.flags for job in sweep.combinations(script, items, list(extra), Path("x"))}
 
 
-def test_each_combination_is_a_run():
+def test_each_combination_is_a_run(tmp_path):
     jobs = named("dcgan_mnist", ["latent_dim=16,100", "net=conv,mlp"], ["--quick"])
     assert list(jobs) == ["latent_dim=16,net=conv", "latent_dim=16,net=mlp", "latent_dim=100,net=conv",
                           "latent_dim=100,net=mlp"]
     assert jobs["latent_dim=16,net=mlp"] == ["--quick", "--latent-dim=16", "--net=mlp"]
-    jobs = named("sngan_iclevr", ["add_noise=true,false"])
-    assert list(jobs.values()) == [["--add-noise"], ["--no-add-noise"]]
+    noise = named("sngan_iclevr", ["add_noise=true,false"])
+    assert [*noise.values()] == [["--add-noise"], ["--no-add-noise"]]
     assert named("dcgan_mnist", ["data=a/x,b/x"]) == {"data=a_x": ["--data=a/x"], "data=b_x": ["--data=b/x"]}
-
-
-def test_variants_are_the_script_s_own():
     jobs = named("acgan_celeba", ["variants", "seed=0,1"])
     assert len({repr(acgan_celeba.Config(**fields)) for fields in acgan_celeba.VARIANTS.values()}) == 6
     assert len(jobs) == 12 and jobs["gp-sn-projection-maps,seed=1"] == [
         "--d-norm=spectral", "--d-cond=projection", "--seed=1"]
     assert jobs["gp-bn-concat-maps,seed=0"] == ["--seed=0"]
+    jobs = sweep.combinations("sngan_iclevr", ["recipe=paper,r3gan"], ["--quick"], tmp_path)
+    for job in jobs:
+        job.check()
+    assert [(job.cfg.recipe, job.cfg.loss, job.cfg.ch) for job in jobs] == [
+        ("paper", "hinge", 16), ("r3gan", "rpgan", 16)]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -53,6 +54,7 @@ def test_variants_are_the_script_s_own():
     ("dcgan_mnist seed=1 -- --out y", "--out after --"),
     ("dcgan_mnist seed=1 -- --resume=y", "--resume after --"),
     ("dcgan_mnist lr_g=1,x", "invalid float value"), ("dcgan_mnist iters=2,0", "--iters 0"),
+    ("dcgan_mnist recipe=paper,other", "invalid choice: 'other'"),
     ("evaluator seed=1", "not a script of this collection"), ("dcgan_mnist", "required"),
     ("dcgan_mnist seed=1 --jobs 0", "--jobs must be at least 1"),
 ])
@@ -64,34 +66,38 @@ def test_refused_sweeps_make_nothing(tmp_path, monkeypatch, arguments, message):
 
 def test_a_sweep_makes_its_runs_once_and_ends_in_a_table(here, monkeypatch, capsys):
     tiny = flags(TINY["dcgan_mnist"] | dict(iters=4, sample_every=0))
-    assert call(monkeypatch, "dcgan_mnist.py", "seed=0,1", "--out", "x", "--jobs", "2", "--", *tiny) == 0
-    output = capsys.readouterr().out
-    assert "seed=0: done" in output and "seed=1: done" in output
+
+    def runs(seeds: str, *more: str) -> list[str]:
+        """Sweep the seeds; the runs that were made."""
+        capsys.readouterr()
+        assert call(monkeypatch, "dcgan_mnist.py", f"seed={seeds}", "--out", "x", "--jobs", "2", "--", *tiny,
+                    *more) == 0
+        return sorted(line[:-6] for line in capsys.readouterr().out.splitlines() if line.endswith(": done"))
+
+    assert runs("0,1") == ["seed=0", "seed=1"]
     table = (here / "x" / "sweep.csv").read_text(encoding="utf-8").splitlines()
-    assert table[0] == 'run,FD (judge),TV,"s / 1,000 its"' and len(table) == 4
+    assert table[0] == 'run,FD (judge),TV,"s / 1,000 its"'
     assert [line.split(",")[0] for line in table[1:]] == ["seed=0", "seed=1", "all: 2 seeds"]
     made = {path: path.stat().st_mtime_ns for path in (here / "x").glob("*/last.pt")}
-    call(monkeypatch, "dcgan_mnist.py", "seed=0,1", "--out", "x", "--", *tiny)
-    assert "done" not in capsys.readouterr().out  # both were finished
+    assert len(made) == 2 and runs("0,1") == []  # both are finished
     assert made == {path: path.stat().st_mtime_ns for path in made}
-    (here / "x" / "seed=1" / "scores.json").unlink()  # this one was not
-    call(monkeypatch, "dcgan_mnist.py", "seed=0,1", "--out", "x", "--", *tiny)
-    assert capsys.readouterr().out.count("done") == 1
-    path = here / "x" / "seed=1" / "scores.json"
-    path.write_text(path.read_text().replace('"step": 4', '"step": 2'))  # --eval on a run that was stopped
-    call(monkeypatch, "dcgan_mnist.py", "seed=0,1", "--out", "x", "--", *tiny)
-    assert capsys.readouterr().out.count("done") == 1
-    call(monkeypatch, "dcgan_mnist.py", "seed=0", "--out", "x", "--", *tiny, "--iters", "6")  # longer
-    assert json.loads((here / "x" / "seed=0" / "config.json").read_text())["config"]["iters"] == 6
+    job, = sweep.combinations("dcgan_mnist", ["seed=1"], tiny, here / "x")
+    job.check()
+    assert job.finished()
+    scores = job.folder / "scores.json"
+    scores.write_text(scores.read_text().replace('"step": 4', '"step": 2'))  # of --eval on a stopped run
+    assert not job.finished()
+    assert runs("1", "--iters", "6") == ["seed=1"]  # longer
+    assert json.loads((here / "x" / "seed=1" / "config.json").read_text())["config"]["iters"] == 6
     for other, message in ((["--lr-g", "0.5"], "--lr-g is 0.0002 there, 0.5 here"), ([], "with --iters 6"),
                            (["--iters", "6", "--judge", "none"], "--judge is 'auto' there, 'none' here")):
         with pytest.raises(UserError, match=message):
-            call(monkeypatch, "dcgan_mnist.py", "seed=0", "--out", "x", "--", *tiny, *other)
+            runs("1", *other)
 
 
 def test_a_run_that_diverges_is_listed_and_the_others_continue(here, monkeypatch, capsys):
     tiny = flags(TINY["sngan_iclevr"] | dict(iters=4, sample_every=0, judge="none"))
-    assert call(monkeypatch, "sngan_iclevr.py", "lr_g=1e30,1e-4", "--out", "x", "--", *tiny) == 3
+    assert call(monkeypatch, *"sngan_iclevr.py lr_g=1e30,1e-4 --out x --jobs 2 --".split(), *tiny) == 3
     output = capsys.readouterr().out
     assert "lr_g=1e30: diverged\n" in output and "lr_g=1e-4: done" in output
     assert "diverged: " in (here / "x" / "sweep.csv").read_text(encoding="utf-8")
@@ -109,30 +115,19 @@ def test_a_run_that_fails_ends_the_sweep_with_its_status(here, monkeypatch, caps
     assert f"x/seed=0 ended with status {status}:\nwhat went wrong" in capsys.readouterr().err
 
 
-def job_with(folder, summary, seconds=((2, 1.0), (4, 2.0))):
-    folder.mkdir(parents=True)
-    (folder / "metrics.csv").write_text("step,seconds,d_loss\n" + "".join(f"{i},{s},0\n" for i, s in seconds))
-    (folder / "scores.json").write_text(json.dumps({"summary": summary}))
-    return sweep.Job("dcgan_mnist", folder, [])
-
-
-def test_means_over_seeds(tmp_path):
-    values = {"lr=1": (1, 2, 6), "lr=10": (10, 20, 60)}
-    jobs = [job_with(tmp_path / f"{key},seed={i}", {"accuracy": [v, 9.0]})
-            for key, vs in values.items() for i, v in enumerate(vs)]
-    lines = sweep.table(jobs)
-    assert len(lines) == 1 + 6 + 2
-    assert [line[:2] for line in lines[-2:]] == [["lr=1: 3 seeds", "3 ± 2.6"], ["lr=10: 3 seeds", "30 ± 26"]]
-    assert lines[1] == ["lr=1,seed=0", "1 ± 9", "500"]
-
-
-def test_seconds_per_iteration_leave_out_what_is_rare(tmp_path):
-    job = job_with(tmp_path / "r", {}, ((10, 2), (20, 4), (30, 11), (40, 13), (50, 15)))
-    path = job.folder / "metrics.csv"
-    assert sweep.seconds_per_iteration(path) == pytest.approx(0.2)
-    path.write_text("step,seconds,d_loss,fd_judge\n10,2,1,\n20,9,1,5\n30,11,1,\n40,18,1,5\n50,20,1,\n")
-    assert sweep.seconds_per_iteration(path) == pytest.approx(0.2)  # scoring took as long, every other row
-    path.write_text("step,seconds,d_loss,fd_judge\n10,2,1,1\n20,9,1,5\n")
-    assert sweep.seconds_per_iteration(path) == pytest.approx(0.7)  # only rows with scores
-    path.write_text("step,seconds\n")
-    assert math.isnan(sweep.seconds_per_iteration(path))
+def test_the_table_has_means_over_seeds_and_speed_without_what_is_rare(tmp_path):
+    def job(name: str, value: float) -> sweep.Job:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text("step,seconds,d_loss\n2,1.0,0\n4,2.0,0\n")
+        (tmp_path / name / "scores.json").write_text(json.dumps({"summary": {"accuracy": [value, 9.0]}}))
+        return sweep.Job("dcgan_mnist", tmp_path / name, [])
+    rows = sweep.table([job(f"lr={lr},seed={i}", lr * v) for lr in (1, 10) for i, v in enumerate((1, 2, 6))])
+    assert len(rows) == 1 + 6 + 2 and rows[1] == ["lr=1,seed=0", "1 ± 9", "500"]
+    assert [row[:2] for row in rows[-2:]] == [["lr=1: 3 seeds", "3 ± 2.6"], ["lr=10: 3 seeds", "30 ± 26"]]
+    for rows, pace in (
+            ("step,seconds,d_loss\n10,2,0\n20,4,0\n30,11,0\n40,13,0\n50,15,0\n", 0.2),  # a grid at 30
+            ("step,seconds,d_loss,fd_judge\n10,2,1,\n20,9,1,5\n30,11,1,\n40,18,1,5\n50,20,1,\n", 0.2),
+            ("step,seconds,d_loss,fd_judge\n10,2,1,1\n20,9,1,5\n", 0.7),  # only rows with scores
+            ("step,seconds\n", math.nan)):
+        (tmp_path / "metrics.csv").write_text(rows)
+        assert sweep.seconds_per_iteration(tmp_path / "metrics.csv") == pytest.approx(pace, nan_ok=True)

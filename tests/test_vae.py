@@ -12,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 
 import vae_celeba
 from common.datasets import Data, load_faces
-from common.errors import UserError
+from common.files import UserError
 from tests.conftest import Reader, judge_of, rows_of, run_here, settings
 
 
@@ -32,12 +32,16 @@ def test_z_is_reparametrised_and_the_loss_is_its_parts_per_pixel_value():
     vae, x, outputs, inputs = vae_celeba.VAE(4, 1, 32), torch.rand(8, 3, 32, 32), [], []
     vae.encoder.register_forward_hook(lambda *args: outputs.append(args[2].detach()))
     vae.decoder.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
-    opt = torch.optim.Adam(vae.parameters())
+    vae.decoder.register_forward_hook(lambda *args: outputs.append(args[2].detach()))
+    opt, cfg = torch.optim.Adam(vae.parameters()), vae_celeba.Config(kl_weight=0.5, precision="fp32")
     torch.manual_seed(1)
-    found = vae_celeba.vae_step(vae, opt, x, kl_weight=0.5)
-    assert found["loss"].item() == pytest.approx((found["mse"] + 0.5 * found["kl"] / (3 * 32 * 32)).item())
+    found = vae_celeba.vae_step(vae, opt, x, cfg)
+    (mean, log_variance), reconstruction = outputs[0].chunk(2, 1), outputs[1]
+    kl = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).sum(1).mean()
+    mse = (reconstruction - x).square().mean()
+    torch.testing.assert_close((found["mse"], found["kl"]), (mse, kl), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["loss"], found["mse"] + 0.5 * found["kl"] / (3 * 32 * 32))
     assert opt.state.keys() == set(vae.parameters())  # all are updated
-    mean, log_variance = outputs[0].chunk(2, 1)
     torch.manual_seed(1)
     torch.testing.assert_close(inputs[0], torch.normal(mean, (log_variance / 2).exp()))
 
@@ -69,10 +73,9 @@ def test_scores_and_directions_are_of_the_checkpoint(here):
 def test_what_adding_an_attribute_does_is_counted():
     levels = torch.tensor([0, 255, 51, 204])  # -1, 1, -0.6, 0.6: the bright ones are 1.6 brighter on average
     images = levels[:, None, None, None].expand(-1, 3, 8, 8).byte()
-    labels = torch.tensor([[0, 1], [1, 1], [0, 1], [1, 1]])
+    labels = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
     test = torch.tensor([0, 20, 110, 140]).view(4, 1, 1, 1).expand(-1, 3, 8, 8).byte()
-    test_labels = torch.tensor([[0.0, 1.0]] * 4)
-    data = Data("", "faces", "", images, labels.float(), ("bright", "all"), "", test, test_labels)
+    data = Data("", "faces", "", images, labels, ("bright", "all"), "", test, torch.tensor([[0.0, 1.0]] * 4))
     # the latent is an image's mean; the judge finds the first attribute in images brighter than 0
     net = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]),
                           encode=lambda x: (x.mean((2, 3))[:, :1], torch.zeros(len(x), 1)),
@@ -80,9 +83,8 @@ def test_what_adding_an_attribute_does_is_counted():
     judge = judge_of("faces", Reader(lambda x: F.pad(1.0 * (x.mean((2, 3))[:, :1] > 0), (0, 1), value=1)))
     shares = vae_celeba.add_attributes(net, data, judge)
     assert shares == {"bright": (0.25, 1.0)}  # all have the other: none lack it
-    data.labels = labels.float().flip(1)  # nothing to tell "all" by now, and every training image is "bright"
-    found = vae_celeba.add_attributes(net, data, judge)
-    assert found == {"bright": (0.25, 0.25)}
+    data.labels = labels.flip(1)  # now every training image is "bright": nothing to tell it by
+    assert vae_celeba.add_attributes(net, data, judge) == {"bright": (0.25, 0.25)}
 
 
 def test_faces_that_all_have_every_attribute_end_with_the_other_scores(here, monkeypatch):

@@ -159,8 +159,8 @@ def compare(found: dict[str, dict]) -> None:
     """Compare each row's accuracy, the mean of both lists, with that of the row it is beside.
 
     The 95 % intervals are simultaneous (Dunnett 1955): they hold together for all rows beside the same one,
-    and the spread over seeds is pooled over these rows. "no EMA" scores the same runs as the row it is beside,
-    so its interval is that of a paired t-test.
+    and the spread over seeds is pooled over these rows. "no EMA" scores the same runs as the row it is
+    beside, so its interval is that of a paired t-test.
     """
     values = {row: [mean(s.values()) for s in r["seeds"].values()] for row, r in found.items()
               if r["seeds"] and not r["diverged"]}  # the seeds that did not diverge would look too good

@@ -1,11 +1,11 @@
 """FID, KID, precision and recall between folders of images.
 
-    python benchmarks/fid.py generated/ real/               # FID between two folders of images
-    python benchmarks/fid.py generated/ real.npz            # statistics saved before, pytorch-fid's too
-    python benchmarks/fid.py --save-stats real/ real.npz
-    python benchmarks/fid.py --kid --pr generated/ real/
+    python tools/fid.py generated/ real/               # FID between two folders of images
+    python tools/fid.py generated/ real.npz            # statistics saved before, also by pytorch-fid
+    python tools/fid.py --save-stats real/ real.npz
+    python tools/fid.py --kid --pr generated/ real/
 
-FID is common/fid.py's: the 2015-12-05 Inception weights and pytorch-fid's pipeline.
+FID is that of common/fid.py, with the Inception weights of 2015-12-05 and pytorch-fid's pipeline.
 """
 import sys
 from collections import deque
@@ -18,18 +18,18 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.cli import Parser  # noqa: E402
 from common.datasets import FORMATS, Threads  # noqa: E402
-from common.errors import UserError, exit_status, reading  # noqa: E402
-from common.fid import Moments, features, frechet_distance, load_inception  # noqa: E402
-from common.system import pick_device, write_whole  # noqa: E402
+from common.fid import FeatureStats, features, frechet_distance, load_inception  # noqa: E402
+from common.files import UserError, atomic_write, reading  # noqa: E402
+from harness.cli import Parser, exit_status  # noqa: E402
+from harness.device import pick_device  # noqa: E402
 
 SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # as pytorch-fid
 
 
 @dataclass
 class Statistics:
-    """Mean [D] and covariance [D, D] of features, in float64, and how many they are of (None: unknown)."""
+    """Mean [D] and covariance [D, D] of features, in float64, and the number of images (None: unknown)."""
     mean: np.ndarray
     covariance: np.ndarray
     count: int | None
@@ -37,7 +37,7 @@ class Statistics:
     def save(self, path: Path) -> None:
         """Write mu, sigma (what pytorch-fid reads and writes) and the count n to an .npz."""
         try:
-            write_whole(path, lambda p: np.savez(p, mu=self.mean, sigma=self.covariance, n=self.count))
+            atomic_write(path, lambda p: np.savez(p, mu=self.mean, sigma=self.covariance, n=self.count))
         except OSError as error:
             raise UserError(f"{path} can't be written ({error.strerror}): name another file") from None
 
@@ -111,8 +111,8 @@ def _squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def list_images(folder: str | Path) -> list[Path]:
     """The images directly in a folder, sorted, by the suffixes that pytorch-fid knows, in any case.
 
-    What macOS leaves beside files (._NAME) is passed over. Raises UserError for a missing folder, fewer than
-    two images, an unreadable one, or several sizes.
+    Files that macOS adds (._NAME) are ignored. Raises UserError for a missing folder, fewer than two images,
+    an unreadable image, or images of several sizes.
     """
     with reading(folder, "a folder of images (statistics end in .npz)"):
         files = sorted(p for p in Path(folder).iterdir()
@@ -161,12 +161,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("a", metavar="A", help="a folder of images, or an .npz of statistics")
     parser.add_argument("b", metavar="B", help="the same, or the .npz to write with --save-stats")
     parser.add_argument("--fid-weights", default="auto", metavar="PATH|auto",
-                        help="the Inception weights; auto: from torch's hub cache, fetched there at first")
+                        help="file of the Inception weights; auto (default): cached, or downloaded")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
-    parser.add_argument("--batch-size", type=int, default=50, help="images at a time (default: 50)")
+    parser.add_argument("--batch-size", type=int, default=50, help="images per batch (default: 50)")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of folder A to B")
-    parser.add_argument("--kid", action="store_true", help="KID too (keeps the features in memory)")
-    parser.add_argument("--pr", action="store_true", help="precision and recall too: A generated, B real")
+    parser.add_argument("--kid", action="store_true", help="also measure KID (keeps the features in memory)")
+    parser.add_argument("--pr", action="store_true", help="also measure precision and recall (B is real)")
     args = parser.parse_args(argv)
 
     if args.batch_size < 1:
@@ -191,11 +191,11 @@ def main(argv: list[str] | None = None) -> None:
     net = None if ready else load_inception(args.fid_weights, device)
     for i, side in enumerate(sides):
         if not isinstance(side, Statistics):
-            moments = Moments()
+            stats = FeatureStats()
             for batch in features(net, read_images(side, args.batch_size, device)):
-                moments.update(batch)
+                stats.update(batch)
                 kept[i] += [batch] if keep else []
-            sides[i] = Statistics(moments.mean.cpu().numpy(), moments.covariance.cpu().numpy(), moments.count)
+            sides[i] = Statistics(stats.mean.cpu().numpy(), stats.covariance.cpu().numpy(), stats.count)
     if args.save_stats:
         sides[0].save(target)
         print(f"wrote {target} (N = {sides[0].count})")

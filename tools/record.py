@@ -157,7 +157,8 @@ def scores_of(summary: dict[str, list], most: int | None = None) -> str:
 
 
 def time_of(run: dict) -> str:
-    return f"{run['iterations']:,} in {run['seconds'] / 60:.0f} min, {run['sittings'][0]['hardware']}"
+    hardware = run["sittings"][0]["hardware"]
+    return f"{run['iterations']:,} iterations in {run['seconds'] / 60:.0f} min, {hardware}"
 
 
 def heading(name: str, kept: dict) -> str:
@@ -178,7 +179,7 @@ def run_table(runs: dict[str, dict]) -> str:
         rows.append([name, scores["data"], run["config"]["recipe"], scores["judge"],
                      f"{scores_of(scores['summary'])} ({scores['draws']} samples of z)",
                      f"{scores['last' if last else 'best']['step']:,}", time_of(run)])
-    return table("run, data, recipe, judge, scores, of iteration, iterations and time".split(", "), rows)
+    return table("run, data, recipe, judge, scores, of iteration, time and hardware".split(", "), rows)
 
 
 def script_table(kept: dict[str, dict]) -> str:

@@ -1,18 +1,19 @@
 """Seconds per iteration of the scripts, beside the same training run the way most public code does it.
 
-    python benchmarks/throughput.py    # all six: the sizes of --quick, few synthetic images, 2 threads
-    python benchmarks/throughput.py sngan_iclevr --set ch=64 n_dis=4 --rounds 3 --json speed.json
+    python tools/throughput.py    # all six scripts at the sizes of --quick, few synthetic images, 2 threads
+    python tools/throughput.py sngan_iclevr --set recipe=paper ch=64 --rounds 3 --json speed.json
 
-"script" is the script as it is, "fp32" the script with --precision fp32. "usual" is the script's own main()
-with pieces replaced, so that networks, losses and steps are the same: fp32, contiguous memory format, a
-DataLoader of two worker processes, spectral norm in every forward pass, Adam with its defaults, and every
-recorded loss read by item() at each step. Its workers decode PNGs of the training size; for digits they
-resize arrays as PIL images, as with torchvision's MNIST. What the steps themselves save (no gradients for D's
-weights in G's step) and, on CUDA, TF32 and cudnn.benchmark are the same in all three.
+"script" is the script as it is; "fp32" is the script with --precision fp32. "usual" is the script's own
+main() with parts replaced, so that networks, losses and steps stay the same. It uses fp32, the contiguous
+memory format, a DataLoader with two worker processes, spectral norm in every forward pass, Adam with its
+defaults, and item() to read every logged loss at each step. Its workers decode PNGs of the training size; for
+digits they resize arrays as PIL images, as with torchvision's MNIST. All three ways have what the steps
+themselves save (one pass of G for both updates, no gradients for D's weights in G's step) and, on CUDA, TF32
+and cudnn.benchmark.
 
-Each measurement is a process of its own: three iterations to warm up, then the timed ones, without judge,
-pictures and checkpoints. A round measures all three, one after the other; the first round is not counted.
-Medians over the rounds, and of the rounds' ratios, are printed and, with --json FILE, written.
+Each measurement is a process of its own without judge, pictures and checkpoints: three iterations to warm up,
+then the timed ones. A round measures all three ways in turn, and the first round is not counted. The medians
+over rounds of the times and of their ratios are printed and, with --json FILE, written.
 """
 import argparse
 import contextlib
@@ -35,11 +36,11 @@ from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import datasets  # noqa: E402
-from common.cli import Parser, Settings, flag, parse  # noqa: E402
-from common.errors import UserError, exit_status  # noqa: E402
-from common.run import Run  # noqa: E402
-from common.system import circumstances, pick_device, write_json  # noqa: E402
+from common import blocks, datasets  # noqa: E402
+from common.files import UserError, write_json  # noqa: E402
+from harness.cli import Parser, Settings, exit_status, flag, parse  # noqa: E402
+from harness.device import pick_device, provenance  # noqa: E402
+from harness.run import Run  # noqa: E402
 
 NAMES = ("dcgan_mnist", "infogan_mnist", "acgan_celeba", "vae_celeba", "cdcgan_iclevr", "sngan_iclevr")
 WAYS = ("script", "fp32", "usual")
@@ -49,7 +50,7 @@ FIXED = dict(judge="none", sample_every=0, eval_every=0, save_every=0)
 
 
 class Pictures(Dataset):
-    """A training image and its label, decoded when asked for: from PNGs in `folder`, or arrays [N, H, W]."""
+    """Training images and labels, decoded when asked for: from PNGs in `folder`, or from arrays [N, H, W]."""
 
     def __init__(self, data: datasets.Data, arrays: torch.Tensor | None, folder: Path):
         self.arrays, self.labels, self.folder = arrays, data.labels, folder
@@ -71,7 +72,7 @@ class Pictures(Dataset):
 
 
 class LoaderBatches:
-    """In place of datasets.Batches; the epoch never ends, so that no start of the workers is timed."""
+    """Replaces datasets.Batches; its epoch never ends, so that no start of the workers is timed."""
 
     def __init__(self, pictures: Pictures, batch_size: int, seed: int, device: torch.device):
         order = RandomSampler(pictures, num_samples=10**9, generator=torch.Generator().manual_seed(seed))
@@ -85,26 +86,26 @@ class LoaderBatches:
 
 def make_usual(module: ModuleType, folder: Path) -> None:
     """Replace, in this process, what a script does otherwise than most public code."""
-    resize, to, adam, record = datasets.resize, nn.Module.to, torch.optim.Adam, Run.record
+    resize, to, log = datasets.resize, nn.Module.to, Run.log
     digits = []  # training and test images before load_digits resizes them
 
     def keep_and_resize(images: torch.Tensor, size: list[int]) -> torch.Tensor:
         digits.append(images[:, 0])
         return resize(images, size)
 
-    def batches(data: datasets.Data, *args) -> LoaderBatches:
-        return LoaderBatches(Pictures(data, digits[0] if digits else None, folder), *args)
+    def batches(data: datasets.Data, batch_size: int, seed: int, device: torch.device, *_) -> LoaderBatches:
+        pictures = Pictures(data, digits[0] if digits else None, folder)
+        return LoaderBatches(pictures, batch_size, seed, device)
 
-    def record_and_read(run: Run, **values: torch.Tensor) -> None:
-        record(run, **values)
+    def log_and_read(run: Run, **values: torch.Tensor) -> None:
+        log(run, **values)
         for value in values.values():
             value.item()
 
-    datasets.resize, module.Batches, Run.record = keep_and_resize, batches, record_and_read
+    datasets.resize, module.Batches, Run.log = keep_and_resize, batches, log_and_read
     nn.Module.to = lambda net, *args, memory_format=None, **options: to(net, *args, **options)
-    torch.optim.Adam = lambda *args, fused=None, **options: adam(*args, **options)
-    if hasattr(module, "normed_once"):
-        module.normed_once = contextlib.nullcontext
+    module.Adam = lambda *args, fused=None, **options: torch.optim.Adam(*args, **options)
+    blocks.cached_spectral_norm = module.cached_spectral_norm = contextlib.nullcontext
 
 
 def config(name: str, args: argparse.Namespace) -> Settings:
@@ -120,7 +121,7 @@ def config(name: str, args: argparse.Namespace) -> Settings:
         switch = {"true": flag(field), "false": f"--no-{flag(field)[2:]}"}
         flags.append(switch.get(value, f"{flag(field)}={value}"))
     small = {field: value for field, value in SMALL.items() if field in fields}
-    return parse(module.Config, module.QUICK | small | fixed, "", ["--quick", *flags])[1]
+    return parse(module.Config, module.RECIPES, module.QUICK | small | fixed, "", ["--quick", *flags])[1]
 
 
 def child(name: str, way: str, folder: Path, args: argparse.Namespace) -> float:
@@ -139,7 +140,8 @@ def child(name: str, way: str, folder: Path, args: argparse.Namespace) -> float:
                     torch.cuda.synchronize(run.device)
                 clock.append(time.perf_counter())
 
-    with contextlib.redirect_stdout(io.StringIO()), Run(cfg, Path(module.__file__)) as run:
+    with (contextlib.redirect_stdout(io.StringIO()),
+          Run(cfg, Path(module.__file__), recipes=module.RECIPES) as run):
         run.wants_pictures = False
         run.steps = partial(timed, run.steps())
         module.main(run)
@@ -177,7 +179,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
                         help="settings of the scripts")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = [Path(script).stem for script in args.scripts] or NAMES
@@ -187,20 +189,20 @@ def main() -> None:
         raise UserError("--rounds, --iters and --threads must be at least 1")
     if args.child:
         name, way, folder = args.child
-        return print(child(name, way, Path(folder), args))
+        print(child(name, way, Path(folder), args))
+        return
 
     device = pick_device(args.device)  # an error now, not after other scripts' rounds
     for name in names:
         config(name, args)  # likewise
     results = {name: compare(name, args) for name in names}
-    print(f"{'seconds an iteration':<20}" + "".join(f"{column:>16}" for column in results[names[0]]))
+    print(f"{'seconds per iteration':<22}" + "".join(f"{column:>16}" for column in results[names[0]]))
     for name, row in results.items():
-        print(f"{name:<20}" + "".join(f"{value:16.4g}" for value in row.values()))
+        print(f"{name:<22}" + "".join(f"{value:16.4g}" for value in row.values()))
     if args.json:
-        torch.set_num_threads(args.threads)  # what circumstances reads
-        command = " ".join(["benchmarks/throughput.py", *sys.argv[1:]])
-        content = {"scripts": results, "command": command, **circumstances(device)}
-        write_json(args.json, content)
+        torch.set_num_threads(args.threads)  # provenance reads it
+        command = " ".join(["tools/throughput.py", *sys.argv[1:]])
+        write_json(args.json, {"scripts": results, "command": command, **provenance(device)})
 
 
 if __name__ == "__main__":
