@@ -92,6 +92,8 @@ class Run:
             return
         names = [name for name in ("last", "previous") if (self.folder / f"{name}.pt").exists()]
         if not names:
+            if (self.folder / "best.pt").exists() and "only" in self._read("best"):
+                raise UserError(f"{self.folder} is a kept generator, for --sample and --eval only")
             print(f"*** {self.folder} has no checkpoint yet: training starts anew ***")
             return
         try:

@@ -25,7 +25,7 @@ def test_every_bundled_judge_is_of_todays_renderer_small_and_good():
             assert content["origin"] == hashlib.sha1(code).hexdigest()[:12], f"train {path.stem} anew"
 
 
-def test_a_bundled_judge_reads_what_it_was_made_for_and_other_sets_get_their_own(tmp_path, monkeypatch, capsys):
+def test_a_bundled_judge_reads_its_own_set_and_others_get_their_own(tmp_path, monkeypatch, capsys):
     data = load_iclevr(settings(n_scenes=10, image_size=64))
     judge = get_judge(data)
     assert "synthetic-scenes-64.pt" in capsys.readouterr().out and "held-out accuracy 0.9" in judge.title

@@ -39,10 +39,9 @@ def test_small_images_are_enlarged_and_long_titles_wrap(tmp_path):
     found = grid(tmp_path, images, "every word of it counts " * 6)
     expected = np.kron((images[0, 0].numpy() / 2 + 0.5) * 255, np.ones((3, 3)))
     assert np.abs(found[-74:-2, 2:74] - expected[..., None]).max() < 0.51  # pixel by pixel
-    lines, rest = divmod(len(found) - 76 - 2, pictures.LINE)
-    assert found.shape[1] == 150 and rest == 0 and lines >= 143 * 6 / 150 - 1
-    for i in range(lines):  # there is ink in each, and none is cut off at the right
-        line = found[i * pictures.LINE:(i + 1) * pictures.LINE]
+    title, rest = found[:-76 - 2], (len(found) - 76 - 2) % 14
+    assert found.shape[1] == 150 and rest == 0 and len(title) / 14 >= 143 * 6 / 150 - 1
+    for line in np.split(title, len(title) // 14):  # there is ink in each, and none is cut off at the right
         assert line.min() < 100 and (line[:, -1] == 255).all()
 
 
@@ -53,16 +52,16 @@ def test_real_images_stand_above_generated_ones_and_are_named():
                 [i / 127.5 - 1 for i in range(4, 8)], [104, 105, 106, 107]]
     torch.testing.assert_close(both, torch.tensor(expected).flatten())
     sets, attributes = torch.tensor([[0, 1, 2], [1, 2, 2]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert pictures.names_of(sets, ("red cube", "blue sphere")) == [["red cube", "blue sphere"], ["blue sphere"]]
-    assert pictures.names_of(attributes, ("hat", "smile")) == [["hat"], []]
+    assert pictures.names_of(sets, ("red cube", "hat")) == [["red cube", "hat"], ["hat"]]
+    assert pictures.names_of(attributes, ("red cube", "hat")) == [["red cube"], []]
 
 
 def test_the_font_has_every_character_that_is_written():
-    text = string.printable[:95] + "×→…·–±−"
+    text, calls = string.printable[:95] + "×→…·–±−", ("save_grid", "log_images", "register", "save")
     for path in [*ROOT.glob("*.py"), ROOT / "harness" / "run.py", ROOT / "harness" / "pictures.py"]:
         for call in ast.walk(ast.parse(path.read_text())):  # all strings of calls that end in a picture
             name = getattr(call, "func", None)
-            if getattr(name, "attr", getattr(name, "id", "")) in ("save_grid", "log_images", "register", "save"):
+            if getattr(name, "attr", getattr(name, "id", "")) in calls:
                 text += "".join(str(n.value) for n in ast.walk(call) if isinstance(n, ast.Constant))
     text = "é\ue000" + text.translate(pictures.FONT_LACKS)  # no font has the second, and this one lacks é
     masks = {c: bytes(ImageFont.load_default(size=11).getmask(c)) for c in text}
@@ -92,14 +91,13 @@ def test_captions_keep_their_colours_in_the_gif(tmp_path):
         assert len(y) > 100 and found.max() < 20, colour
 
 
-@pytest.mark.parametrize("n, size, frames", [(3, 8, 3), (130, 8, 60), (14, 1000, 12), (0, 8, 0)])
+@pytest.mark.parametrize("n, size, frames", [(3, 8, 3), (130, 8, 60), (14, 1000, 12)])
 def test_the_gif_has_few_frames_from_first_to_last(tmp_path, n, size, frames):
     paths = [tmp_path / f"{i}.png" for i in range(n)]
     for i, path in enumerate(paths):
         Image.new("RGB", (size, size), (i, 255 - i, 0)).save(path)
     pictures.save_gif(tmp_path / "x.gif", paths)
-    assert (tmp_path / "x.gif").exists() == bool(n)
-    for frame, i, duration in ((0, 0, 250), (frames - 1, n - 1, 2000)) if n else ():
+    for frame, i, duration in ((0, 0, 250), (frames - 1, n - 1, 2000)):
         with Image.open(tmp_path / "x.gif") as gif:
             gif.seek(frame)
             pixel = gif.convert("RGB").getpixel((0, 0))

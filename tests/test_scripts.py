@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import blocks
 from common.files import UserError
 from harness.cli import Settings, parse
 from harness.run import Run
@@ -40,7 +41,7 @@ def finished(workdir):
     def get(name):
         if name not in made:
             titles, textwrap = [], importlib.import_module("textwrap")
-            spy = SimpleNamespace(wrap=lambda title, width: titles.append(title) or textwrap.wrap(title, width))
+            spy = SimpleNamespace(wrap=lambda title, n: titles.append(title) or textwrap.wrap(title, n))
             fields = dict(recipe=OTHER[name], iters=9, sample_every=3, eval_every=4, save_every=4)
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(workdir)
@@ -228,21 +229,24 @@ def test_a_short_run_on_cuda(tmp_path, name):
 def test_one_pass_of_g_serves_both_steps_with_the_augmented_images(here, monkeypatch, name):
     """Further steps of D have their own images; arguments have one order in all scripts."""
     module, passes, changes, d_calls, g_calls = importlib.import_module(name), [], [], [], []
-    forward, change = module.Generator.forward, {"infogan_mnist": "instance_noise"}.get(name, "random_flip_translate")
-    seen = {"d_step": lambda given, _: d_calls.append(given), "g_step": lambda given, _: g_calls.append(given),
-            change: lambda given, result: changes.append((given["x"], result))}
 
-    def spy(function: Callable, then: Callable) -> Callable:
+    def spy(owner, function: str, then: Callable) -> None:
+        original = getattr(owner, function)
+
         def wrapper(*arguments):
-            result = function(*arguments)
-            then(inspect.signature(function).bind(*arguments).arguments, result)
+            result = original(*arguments)
+            then(inspect.signature(original).bind(*arguments).arguments, result)
             return result
-        return wrapper
-    for function, then in seen.items():
-        monkeypatch.setattr(module, function, spy(getattr(module, function, None), then), raising=False)
-    monkeypatch.setattr(module.Generator, "forward", lambda G, *x: (
-        passes.extend([1] * G.training), forward(G, *x))[1])
-    run_here(name, iters=1, judge="none", recipe=OTHER[name], **dict(add_noise=False) if "sngan" in name else {})
+        monkeypatch.setattr(owner, function, wrapper)
+    spy(module, "d_step", lambda given, _: d_calls.append(given))
+    spy(module, "g_step", lambda given, _: g_calls.append(given))
+    spy(module.Generator, "forward", lambda given, _: passes.extend([1] * given["self"].training))
+    for owner, change in ((module, "instance_noise"), (module, "random_flip_translate"),
+                          (blocks, "random_flip_translate")):
+        if hasattr(owner, change):
+            spy(owner, change, lambda given, result: changes.append((given["x"], result)))
+    add_noise = {"add_noise": False} if "sngan" in name else {}
+    run_here(name, iters=1, judge="none", recipe=OTHER[name], **add_noise)
     fakes, last = [given["fake"] for given in d_calls], g_calls[0]["fake"]
     assert len(passes) == len(fakes) == TINY[name].get("n_dis", 1) and len(g_calls) == 1
     assert torch.equal(fakes[-1], last) and last.requires_grad and not any(x.requires_grad for x in fakes)

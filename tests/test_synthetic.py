@@ -158,8 +158,8 @@ def test_code_effects_are_those_of_each_code():
     assert result["code 1: change of slant"] == pytest.approx(0.8, abs=0.1)
     assert -0.16 * 14 < result["code 2: change of width"] < -0.08 * 14  # ends count, too
     assert abs(result["code 2: change of slant"]) < 0.1
-    blank = measures.code_effects(lambda z, *_: -torch.ones(len(z), 1, 32, 32), 3, 10, 1, torch.Generator(), 4)
-    assert blank["code 1 ~ slant"] == 0
+    blank = -torch.ones(4, 1, 32, 32)
+    assert measures.code_effects(lambda *_: blank, 3, 10, 1, torch.Generator(), 4)["code 1 ~ slant"] == 0
 
 
 # ---------------------------------------------------------------------- faces
