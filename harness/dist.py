@@ -44,8 +44,11 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of the processes' numbers; it waits for all of them."""
-    return max(all_gather(number))
+    """The largest of the processes' numbers; it waits for all of them, but not for a GPU."""
+    found = torch.tensor(number)
+    if world_size() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
 
 
 def all_gather(x) -> list:

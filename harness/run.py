@@ -67,10 +67,10 @@ class Run:
         try:
             if not self.cfg.to:
                 if not self.is_main:  # rank 0 writes the cache, the others read it
-                    dist.all_gather(None)
+                    dist.all_reduce_max(0)
                 data = load(self.cfg, *args)
                 if self.is_main:
-                    dist.all_gather(None)
+                    dist.all_reduce_max(0)
                 return data
         except UserError as error:
             if self.action != "sample":
