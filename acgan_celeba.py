@@ -6,7 +6,6 @@ penalties (Huang et al. 2024), no norm in D, and projection. Results: results/RE
 
     python acgan_celeba.py --quick                                # recipe r3gan, minutes on two CPU cores
     python acgan_celeba.py --d-norm spectral --d-cond projection  # the report's best of six variants, one GPU
-    python tools/sweep.py acgan_celeba.py variants                # all six, one table
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -153,9 +152,7 @@ class Discriminator(nn.Module):
 
 # ---------------------------------------------------------------------- losses; one step of D, one of G
 def gradient_norms(D: Callable, real: Tensor, fake: Tensor) -> Tensor:
-    """‖∇D(x̂)‖₂ [B], over all values of x̂, a random point between each pair of real and fake [B, 3, S, S].
-    In fp32: in bf16, powers of small gradients would vanish.
-    """
+    """‖∇D(x̂)‖₂ [B] at a random point x̂ between each pair of real and fake [B, 3, S, S]; in fp32, as R1."""
     with torch.autocast(real.device.type, enabled=False):
         share = torch.rand(len(real), 1, 1, 1, device=real.device)
         x = torch.lerp(real, fake.float(), share).requires_grad_()
@@ -177,23 +174,23 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     """Update D with real and generated images [B, 3, S, S] of the same attributes [B, A]. Reads cfg.loss,
     gp_weight, gamma, clip, aux_weight, precision.
     """
-    penalty = real.new_zeros(())
+    gp = real.new_zeros(())
     with blocks.cached_spectral_norm(D):
         with autocast(real, cfg.precision):
             # two passes, because real and fake images each need their own batch-norm statistics
             (score_real, logits), (score_fake, _) = D(real, y), D(fake, y)
         if cfg.loss == "wgan-gp":
-            penalty = cfg.gp_weight * wgan_gp(lambda x: D(x, y)[0], real, fake)
+            gp = cfg.gp_weight * wgan_gp(lambda x: D(x, y)[0], real, fake)
         elif cfg.loss == "wgan-div":
-            penalty = wgan_div(lambda x: D(x, y)[0], real, fake)
+            gp = wgan_div(lambda x: D(x, y)[0], real, fake)
         elif cfg.loss == "rpgan":  # an eighth of the batch gives an unbiased estimate, for less time
             y_some = y[::8].repeat(2, 1)
-            penalty = cfg.gamma * r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
+            gp = cfg.gamma * r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
     score_real, score_fake = score_real.float(), score_fake.float()
     aux = F.binary_cross_entropy_with_logits(logits.float(), y)  # of real images only
     # WGAN's is E[D(G(z))] - E[D(x)] (Arjovsky et al. 2017, eq. 2)
     loss = rpgan(score_real, score_fake) if cfg.loss == "rpgan" else score_fake.mean() - score_real.mean()
-    loss = loss + penalty + cfg.aux_weight * aux
+    loss = loss + gp + cfg.aux_weight * aux
     opt.zero_grad()
     loss.backward()
     dist.average_gradients(opt)
@@ -202,8 +199,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
         for name, weight in D.named_parameters():
             if not name.startswith("attributes"):  # the critic's weights
                 weight.data.clamp_(-cfg.clip, cfg.clip)
-    return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean(), penalty=penalty,
-                aux_real=aux)
+    return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean(), penalty=gp, aux_real=aux)
 
 
 def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:

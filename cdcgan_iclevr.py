@@ -159,7 +159,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
 
     Reads cfg.loss, smooth_labels, flip_labels, gamma, aux_weight, precision.
     """
-    aux = penalty = real.new_zeros(())
+    aux = gp = real.new_zeros(())
     with autocast(real, cfg.precision):
         # two passes, because real and fake images each need their own batch-norm statistics
         (score_real, logits), (score_fake, _) = D(real, y), D(fake, y)
@@ -168,20 +168,20 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
         aux = losses.aux_classification_loss(logits, y)
     if cfg.gamma:  # an unbiased estimate of the penalty from an eighth of the batch, at an eighth of the cost
         y_some = y[::8].repeat(2, 1)
-        penalty = losses.r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
+        gp = losses.r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
     if cfg.loss == "rpgan":
         loss = losses.rpgan(score_real, score_fake)
     else:
         target_real, target_fake = targets(cfg, len(real), real.device)
         loss = (F.binary_cross_entropy_with_logits(score_real, target_real)
                 + F.binary_cross_entropy_with_logits(score_fake, target_fake))
-    loss = loss + cfg.aux_weight * aux + cfg.gamma * penalty
+    loss = loss + cfg.aux_weight * aux + cfg.gamma * gp
     opt.zero_grad()
     loss.backward()
     dist.average_gradients(opt)
     opt.step()
     return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean(),
-                penalty=penalty, aux_real=aux)
+                penalty=gp, aux_real=aux)
 
 
 def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
@@ -208,8 +208,8 @@ def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
 # ---------------------------------------------------------------------- sample grids
 def save_pictures(ema: EMA, data: Data, run: Run) -> None:
     """Save grids: both test lists, each object alone, and training images above generated ones."""
-    g, null = torch.Generator().manual_seed(run.cfg.seed), len(data.classes)
-    alone = torch.tensor([[i, null, null] for i in range(null)])
+    g = torch.Generator().manual_seed(run.cfg.seed)
+    alone = F.pad(torch.arange(len(data.classes))[:, None], (0, 2), value=len(data.classes))
     for name, y in {**data.test_label_sets, "objects": alone}.items():
         images = ema(torch.randn(len(y), run.cfg.z_dim, generator=g), y)
         save_grid(run.folder / f"{name}.png", images, captions=names_of(y, data.classes),

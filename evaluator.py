@@ -33,7 +33,6 @@ Sampler = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 # ---------------------------------------------------------------------- judges
 class JudgeNet(ResNet):
     """torchvision's ResNet-18 with sigmoid outputs: at width 64 the layout of the i-CLEVR course's evaluator.
-
     [B, 3, 64, 64] in [-1, 1] → probabilities [B, n_classes]. `width` (of 64) narrows every layer.
     """
     size = 64
@@ -261,7 +260,6 @@ def validation_sets(data: Data, n: int = 96) -> torch.Tensor:
 # ---------------------------------------------------------------------- measures of what a judge reads
 def count_objects(probabilities: torch.Tensor, labels: torch.Tensor, _groups: tuple = ()) -> dict[str, float]:
     """Accuracy as the i-CLEVR course defines it, and stricter views of it.
-
     probabilities [N, C]; labels [N, 3], ids padded with C. accuracy = requested objects found in the judge's
     top k, over all requested (k: number of objects requested in that image); "exact": share of images with
     all objects found; "accuracy_1" … "accuracy_3": by number of objects.

@@ -5,7 +5,6 @@ slant, size and place are changed at random, so that it can't be one of these. R
 
     python infogan_mnist.py --quick                          # recipe robust, minutes on two CPU cores
     python infogan_mnist.py --iters 70000                    # the paper's recipe at 64×64, one GPU
-    python infogan_mnist.py --resume runs/infogan_mnist      # continue; --sample and --eval take a run too
 """
 import json
 import math

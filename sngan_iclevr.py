@@ -6,7 +6,6 @@ auxiliary classifier (Odena et al. 2017). Results, with commands and hardware: r
 
     python sngan_iclevr.py --quick                     # recipe r3gan, minutes on two CPU cores
     python sngan_iclevr.py --iters 30000               # the paper's recipe at full size, one GPU
-    python sngan_iclevr.py --resume runs/sngan_iclevr  # continue; --sample and --eval take a run too
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,9 +159,8 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """images [B, 3, S, S], labels [B, 3] → scores [B], ψ(h) + ⟨labels, h⟩ (Miyato & Koyama 2018, eq. 3), and
-    the logits [B, n_classes] of the auxiliary classifier or None.
-
-    net "resnet": features h summed over space; "cnn": flattened. norm "spectral": all layers but `join`.
+    the auxiliary classifier's logits [B, n_classes] or None. net "resnet": features h summed over space;
+    "cnn": flattened. norm "spectral": of all layers but `join`.
     """
 
     def __init__(self, n_classes: int, ch: int, image_size: int, net: str, norm: str, label_embed: str,
@@ -202,7 +200,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     """Update D with real and generated images [B, 3, S, S] of the same labels [B, 3]. Reads cfg.loss,
     flip_labels, gamma, aux_weight, precision.
     """
-    aux = penalty = real.new_zeros(())
+    aux = gp = real.new_zeros(())
     with cached_spectral_norm(D):
         with autocast(real, cfg.precision):  # D has no batch norm, so real and fake images share one pass
             scores, logits = D(torch.cat([real, fake]), y.repeat(2, 1))
@@ -211,17 +209,16 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
             aux = losses.aux_classification_loss(logits[:len(real)], y)
         if cfg.gamma:  # an eighth of the batch gives an unbiased estimate at an eighth of the cost
             y_some = y[::8].repeat(2, 1)
-            penalty = losses.r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
+            gp = losses.r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
     if cfg.flip_labels:  # swap the targets of some pairs of a real and a generated image
         swap = torch.rand(len(real), device=real.device) < cfg.flip_labels
         score_real, score_fake = score_real.where(~swap, score_fake), score_fake.where(~swap, score_real)
-    loss = D_LOSS[cfg.loss](score_real, score_fake) + cfg.aux_weight * aux + cfg.gamma * penalty
+    loss = D_LOSS[cfg.loss](score_real, score_fake) + cfg.aux_weight * aux + cfg.gamma * gp
     opt.zero_grad()
     loss.backward()
     dist.average_gradients(opt)
     opt.step()
-    return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean(), penalty=penalty,
-                aux_real=aux)
+    return dict(d_loss=loss, d_real=score_real.mean(), d_fake=score_fake.mean(), penalty=gp, aux_real=aux)
 
 
 def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
@@ -248,8 +245,8 @@ def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
 # ---------------------------------------------------------------------- sample grids
 def save_pictures(ema: EMA, data: Data, run: Run) -> None:
     """Save grids: both test lists, each object alone, and training images above generated ones."""
-    g, null = torch.Generator().manual_seed(run.cfg.seed), len(data.classes)
-    alone = torch.tensor([[i, null, null] for i in range(null)])
+    g = torch.Generator().manual_seed(run.cfg.seed)
+    alone = F.pad(torch.arange(len(data.classes))[:, None], (0, 2), value=len(data.classes))
     for name, y in {**data.test_label_sets, "objects": alone}.items():
         images = ema(torch.randn(len(y), run.cfg.z_dim, generator=g), y)
         save_grid(run.folder / f"{name}.png", images, captions=names_of(y, data.classes),
