@@ -49,5 +49,5 @@ def r1r2_penalty(D: Callable, images: torch.Tensor) -> torch.Tensor:
 
 
 def aux_classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of a classifier's logits [B, C] and label ids [B, K], padded with C (Odena et al. 2017)."""
+    """Cross-entropy of a classifier's logits [B, C] and ids [B, K] padded with C (Odena et al. 2017)."""
     return F.binary_cross_entropy_with_logits(logits.float(), multi_hot(labels, logits.shape[1]))
