@@ -276,7 +276,7 @@ def main(run: Run) -> None:
     ema = EMA(G, cfg.ema)  # is sampled and scored
     opt_g = Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
     opt_d = Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
-    run.register(data, cfg.loss, f"D {cfg.d_norm} norm, {cfg.d_cond}", f"G {cfg.g_cond}", f"ch {cfg.ch}",
+    run.register(data, cfg.loss, f"D norm {cfg.d_norm}, {cfg.d_cond}", f"G {cfg.g_cond}", f"ch {cfg.ch}",
                  G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
     scorer = evaluator.get_scorer(run, data)
     wanted = pick_columns(cfg.with_, data.classes, "the run", "--with") if cfg.with_ else []
