@@ -69,6 +69,9 @@ class Settings:
 class Parser(argparse.ArgumentParser):
     """argparse that raises UserError for a wrong command line."""
 
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
@@ -87,8 +90,7 @@ def parse(Config: type[Settings], recipes: dict[str, dict], quick: dict, descrip
     script = script or Path(inspect.getfile(Config))
     source = "".join(path.read_text(encoding="utf-8") for path in (script, Path(__file__)))
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", source, re.M))
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=f"a short run for two CPU cores: {quick}")
     group = parser.add_mutually_exclusive_group()
     for action, text in ACTIONS.items():

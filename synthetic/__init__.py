@@ -6,7 +6,7 @@ import torch
 
 
 def rendering(renderer, n: int, size: int, keys: tuple[str, ...]) -> tuple[Path, str, Callable[[], dict]]:
-    """What common.system.cached takes: a file, the renderer's code, and a function that renders, by key."""
+    """What common.files.cached takes: a file, the renderer's code, and a function that renders, by key."""
     code = Path(renderer.__file__)
 
     def render() -> dict:
