@@ -193,7 +193,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     loss = loss + gp + cfg.aux_weight * aux
     opt.zero_grad()
     loss.backward()
-    dist.average_gradients(opt)
+    dist.average_gradients(opt)  # under torchrun
     opt.step()
     if cfg.loss == "wgan-clip":
         for name, weight in D.named_parameters():
@@ -214,7 +214,7 @@ def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     loss = (rpgan(score, score_real) if cfg.loss == "rpgan" else -score.mean()) + cfg.aux_weight * aux
     opt.zero_grad()
     loss.backward()
-    dist.average_gradients(opt)
+    dist.average_gradients(opt)  # under torchrun
     opt.step()
     return dict(g_loss=loss, aux_fake=aux)
 

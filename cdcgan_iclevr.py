@@ -178,7 +178,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     loss = loss + cfg.aux_weight * aux + cfg.gamma * gp
     opt.zero_grad()
     loss.backward()
-    dist.average_gradients(opt)
+    dist.average_gradients(opt)  # under torchrun
     opt.step()
     return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean(),
                 penalty=gp, aux_real=aux)
@@ -200,7 +200,7 @@ def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     loss = loss + cfg.aux_weight * aux
     opt.zero_grad()
     loss.backward()
-    dist.average_gradients(opt)
+    dist.average_gradients(opt)  # under torchrun
     opt.step()
     return dict(g_loss=loss, d_fake_updated=score.sigmoid().mean(), aux_fake=aux)
 

@@ -121,7 +121,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, cfg: Config
         loss = loss + cfg.gamma * losses.r1r2_penalty(D, torch.cat([real[::8], fake[::8]]))
     opt.zero_grad()
     loss.backward()
-    dist.average_gradients(opt)
+    dist.average_gradients(opt)  # under torchrun
     opt.step()
     return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean())
 
@@ -136,7 +136,7 @@ def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, cfg: Config
         loss = losses.rpgan(score, D(real).float()) if cfg.loss == "rpgan" else losses.nonsaturating_g(score)
     opt.zero_grad()
     loss.backward()
-    dist.average_gradients(opt)
+    dist.average_gradients(opt)  # under torchrun
     opt.step()
     return dict(g_loss=loss, d_fake_updated=score.sigmoid().mean())
 

@@ -165,7 +165,7 @@ def d_step(body: nn.Module, D: nn.Module, opt: Optimizer, real: Tensor, fake: Te
     loss = losses.minimax_d(score_real, score_fake)
     opt.zero_grad()
     loss.backward()
-    dist.average_gradients(opt)
+    dist.average_gradients(opt)  # under torchrun
     opt.step()
     return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean())
 
@@ -186,7 +186,7 @@ def g_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: Optimizer, fake: Te
     q_category, q_continuous = q_losses((logits, mean, variance), category, continuous)
     opt.zero_grad()
     (loss + q_category + cfg.q_weight * q_continuous).backward()
-    dist.average_gradients(opt)
+    dist.average_gradients(opt)  # under torchrun
     opt.step()
     return dict(g_loss=loss, q_category=q_category, q_continuous=q_continuous,
                 d_fake_updated=score.sigmoid().mean())

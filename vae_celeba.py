@@ -118,7 +118,7 @@ def vae_step(vae: VAE, opt: Optimizer, x: Tensor, cfg: Config) -> dict:
     loss = mse + cfg.kl_weight * kl / x[0].numel()
     opt.zero_grad()
     loss.backward()
-    dist.average_gradients(opt)
+    dist.average_gradients(opt)  # under torchrun
     opt.step()
     return dict(loss=loss, mse=mse, kl=kl)
 
