@@ -204,7 +204,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     with cached_spectral_norm(D):
         with autocast(real, cfg.precision):  # D has no batch norm, so real and fake images share one pass
             scores, logits = D(torch.cat([real, fake]), y.repeat(2, 1))
-        score_real, score_fake = scores.float().chunk(2)
+        score_real, score_fake = first, second = scores.float().chunk(2)
         if cfg.aux_weight:  # the classifier learns from real images only
             aux = losses.aux_classification_loss(logits[:len(real)], y)
         if cfg.gamma:  # an eighth of the batch gives an unbiased estimate at an eighth of the cost
@@ -212,8 +212,8 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
             gp = losses.r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
     if cfg.flip_labels:  # swap the targets of some pairs of a real and a generated image
         swap = torch.rand(len(real), device=real.device) < cfg.flip_labels
-        score_real, score_fake = score_real.where(~swap, score_fake), score_fake.where(~swap, score_real)
-    loss = D_LOSS[cfg.loss](score_real, score_fake) + cfg.aux_weight * aux + cfg.gamma * gp
+        first, second = score_real.where(~swap, score_fake), score_fake.where(~swap, score_real)
+    loss = D_LOSS[cfg.loss](first, second) + cfg.aux_weight * aux + cfg.gamma * gp
     opt.zero_grad()
     loss.backward()
     dist.average_gradients(opt)  # under torchrun

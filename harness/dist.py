@@ -37,7 +37,7 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Average gradients over all processes, before the optimiser's step; a no-op without torchrun."""
     if world_size() > 1:
         weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        together = torch.nn.utils.parameters_to_vector([p.grad for p in weights]) / world_size()
+        together = torch.cat([p.grad.flatten() for p in weights]) / world_size()
         dist.all_reduce(together)
         for p, mean in zip(weights, together.split([p.numel() for p in weights]), strict=True):
             p.grad.copy_(mean.view_as(p))

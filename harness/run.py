@@ -48,6 +48,7 @@ class Run:
         self.is_main = dist.rank() == 0
         self.step, self.best, self.means, self.row, self.rows = 0, -math.inf, {}, {}, []
         self.looping, self.signal, self.warned, self.idle, self.writer = False, 0, set(), 0, None
+        self.started = time.monotonic()
         if action in ("sample", "eval") and dist.world_size() > 1:
             raise UserError(f"--{action} needs one process only: call it without torchrun")
         if target := cfg.to or cfg.out * (action == "train"):

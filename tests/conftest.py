@@ -164,7 +164,8 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
 
 
 def same_runs(a: Path, b: Path) -> None:
-    for name in ("last.pt", "best.pt"):
+    assert (a / "best.pt").exists() == (b / "best.pt").exists()
+    for name in ("last.pt", "best.pt") if (a / "best.pt").exists() else ("last.pt",):
         one, other = (torch.load(folder / name, weights_only=True) for folder in (a, b))
         one["config"].pop("out"), other["config"].pop("out")
         same(one, other)

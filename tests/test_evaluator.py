@@ -1,4 +1,8 @@
-"""Scores by hand, judges of both origins, splits, and what is refused."""
+"""Scores by hand; judges that are trained, bundled or named; splits; the command that trains judges."""
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy
@@ -15,6 +19,7 @@ from harness.cli import NotFinite
 from synthetic import scenes
 from synthetic.digits import render
 from tests.conftest import Reader, get_judge, judge_of, settings
+from tools import train_judge
 
 CPU = torch.device("cpu")
 
@@ -55,7 +60,7 @@ def test_judges_that_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("domain, width, steps, least", [  # by chance 0.1, 0.1 and 0.73
-    ("scenes", 8, 60, 0.2), ("digits", 16, 100, 0.8), ("faces", 8, 60, 0.82)])
+    ("scenes", 8, 60, 0.2), ("digits", 16, 70, 0.8), ("faces", 8, 40, 0.85)])
 def test_judges_learn_are_kept_and_leave_random_states_alone(digits, monkeypatch, domain, width, steps,
                                                              least):
     faces, moved = settings(attributes="blonde hair,black hair,with glasses", n_synthetic=300), set()
@@ -66,6 +71,9 @@ def test_judges_learn_are_kept_and_leave_random_states_alone(digits, monkeypatch
     judge = get_judge(data, width, steps)
     assert torch.equal(torch.get_rng_state(), state)
     assert moved == {(1 / 16, domain != "digits")}  # a mirrored digit is none
+    line = torch.eye(32)[5].expand(99, 1, 32, 32)
+    columns = move(line, 1 / 16, domain != "digits").argmax(3).unique().tolist()
+    assert columns == [3, 4, 5, 6, 7] + [24, 25, 26, 27, 28] * (domain != "digits")  # 5 or, mirrored, 26; ± 2
     images, labels, held_out, their_labels = evaluator.split(data)
     learnt, found = judge(to_float(images)), judge(to_float(held_out))
     assert judge.kind.measure(learnt, labels, data.groups)["accuracy"] > least
@@ -94,16 +102,77 @@ def test_features_are_what_the_last_layer_takes_and_noise_is_far_from_digits(dig
         fd(lambda n, g: (torch.full((n, 1, 28, 28), torch.nan), None))
 
 
+# ---------------------------------------------------------------------- bundled judges
+
+def test_every_bundled_judge_is_of_todays_renderer_small_and_good():
+    files = sorted(evaluator.BUNDLED.glob("*.pt"))
+    assert [path.stem for path in files] == sorted(train_judge.BUNDLED)
+    assert sum(path.stat().st_size for path in files) < 3e6
+    for path in files:
+        content, renderer = torch.load(path, weights_only=True), train_judge.BUNDLED[path.stem].renderer
+        assert content["held_out"]["accuracy"] >= (0.97 if "scenes" in path.stem else 0.99)
+        assert path.stem in content["command"]
+        if renderer:
+            code = hashlib.sha1(repr(Path(renderer.__file__).read_text()).encode())
+            assert content["origin"] == code.hexdigest()[:12], f"train {path.stem} anew"
+
+
+def test_a_bundled_judge_reads_its_own_set_and_others_get_their_own(tmp_path, monkeypatch, capsys):
+    data = load_iclevr(settings(n_scenes=10, image_size=64))
+    judge, (images, labels, _) = get_judge(data), scenes.render(30, 64, seed=3)
+    assert "synthetic-scenes-64.pt" in capsys.readouterr().out and "held-out accuracy 0.9" in judge.title
+    assert evaluator.count_objects(judge(to_float(images)), labels)["accuracy"] > 0.95
+    for other in (load_iclevr(settings(n_scenes=10, image_size=32)), replace(data, fingerprint="other code"),
+                  load_faces(settings(n_synthetic=40, image_size=64, attributes="blue eyes"))):
+        get_judge(other)
+        assert "training a judge" in capsys.readouterr().out
+    whole = (evaluator.BUNDLED / "synthetic-scenes-64.pt").read_bytes()
+    (tmp_path / "synthetic-scenes-64.pt").write_bytes(whole[:len(whole) // 2])
+    monkeypatch.setattr(evaluator, "BUNDLED", tmp_path)
+    with pytest.raises(UserError, match="synthetic-scenes-64.pt can't be read.*git checkout") as error:
+        get_judge(data)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    def call(arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["train_judge.py", *arguments.split(), "--device", "cpu"])
+        train_judge.main()
+    return call
+
+
+def test_the_command_trains_a_judge_and_tests_it_on_others(call, monkeypatch, capsys):
+    monkeypatch.setattr(train_judge, "load", lambda *args, load=train_judge.load: load(*args, n=60))
+    call("digits --data synthetic --judge-width 8 --judge-steps 2 --also synthetic")
+    assert "11 test images of synthetic digits: accuracy 0." in capsys.readouterr().out
+    for arguments, message in (("scenes --also mnist", "--also is for digits"),
+                               ("digits --judge-steps 0", "at least 1"), ("mnist-31", "invalid choice")):
+        with pytest.raises(UserError, match=message):
+            call(arguments)
+
+
+@pytest.mark.parametrize("name", ["synthetic-scenes-64", "synthetic-digits-32", "synthetic-faces-64"])
+def test_the_command_bundles_a_judge_of_half_precision(name, call, tmp_path, monkeypatch):
+    spec = replace(train_judge.BUNDLED[name], n=40, width=8, steps=2)
+    monkeypatch.setitem(train_judge.BUNDLED, name, spec)
+    monkeypatch.setattr(evaluator, "BUNDLED", tmp_path / "judges")
+    call(name)
+    content = torch.load(tmp_path / "judges" / f"{name}.pt", weights_only=True)
+    assert {x.dtype for x in content["model"].values()} == {torch.float16, torch.int64}
+    judge = get_judge(train_judge.load(name.split("-")[1], "synthetic", spec.size, n=40))
+    assert judge.held_out == content["held_out"]
+
+
 # ---------------------------------------------------------------------- splits
 
 def test_held_out_images_are_whole_scenes(iclevr):
-    labels, scene = torch.zeros(60, 3, dtype=torch.long), torch.arange(20).repeat_interleave(3)
-    images = torch.arange(60).view(60, 1, 1, 1)
-    data = Data("x", "scenes", "", images, labels, scenes.OBJECTS, "", scene=scene)
-    train, _, held, _ = evaluator.split(data)
-    assert len(held) == 6 and torch.equal(held, evaluator.split(data)[2])
-    assert set(train.flatten().tolist()) | set(held.flatten().tolist()) == set(range(60))
-    assert not set(scene[held.flatten()].tolist()) & set(scene[train.flatten()].tolist())
+    images, scene = torch.arange(60).view(60, 1, 1, 1), torch.arange(20).repeat_interleave(3)
+    data = Data("x", "scenes", "", images, torch.zeros(60, 3).long(), scenes.OBJECTS, "", scene=scene)
+    (train, _, held, _), again = evaluator.split(data), evaluator.split(data)[2]
+    assert len(held) == 6 and torch.equal(held, again)
+    assert torch.cat([train, held]).flatten().sort().values.tolist() == list(range(60))
+    assert not set((held // 3).flatten().tolist()) & set((train // 3).flatten().tolist())
     with pytest.raises(UserError, match="fewer than 10 scenes"):
         evaluator.train_judge(load_iclevr(settings(data=str(iclevr))), 8, 2, CPU)
 
@@ -114,12 +183,12 @@ def test_no_reported_label_set_chooses_the_best_checkpoint():
         "test": (32, 72), "new_test": (32, 84)}
 
     def chosen() -> set:
-        return {tuple(row) for row in evaluator.validation_sets(data).tolist()}
+        sets, again = evaluator.validation_sets(data), evaluator.validation_sets(data)
+        assert torch.equal(sets, again) and len({*map(tuple, sets.tolist())}) == len(sets)
+        return {*map(tuple, sets.tolist())}
     reported = {tuple(row) for sets in data.test_label_sets.values() for row in sets.tolist()}
-    known = {tuple(row) for row in data.labels.tolist()}
-    assert known & reported and chosen() <= known - reported
-    assert len(chosen()) == len(evaluator.validation_sets(data)) >= 64
-    assert torch.equal(evaluator.validation_sets(data), evaluator.validation_sets(data))
+    known = {*map(tuple, data.labels.tolist())}
+    assert known & reported and chosen() <= known - reported and len(chosen()) >= 64
     data.test_label_sets = {}
     assert chosen() & reported
     data.test_label_sets = {"test": data.labels.unique(dim=0)}  # all that there are
@@ -147,38 +216,18 @@ def test_attributes_are_counted_by_hand():
                          [.9, .8, .7, .1, .0],  # first, first: more than one above a half
                          [.1, .2, .1, .3, .2]])
     labels = torch.tensor([[0, 0, 1, 0, 1], [0, 1, 0, 1, 0], [0, 1, 0, 1, 0]])
-    assert evaluator.decide(read, groups).tolist() == [[0, 0, 1, 0, 1], [1, 0, 0, 1, 0], [0, 1, 0, 1, 0]]
     found = evaluator.count_attributes(read, labels, groups)
-    assert found["accuracy"] == pytest.approx(5 / 6) and found["exact"] == pytest.approx(2 / 3)
+    assert evaluator.decide(read, groups).tolist() == [[0, 0, 1, 0, 1], [1, 0, 0, 1, 0], [0, 1, 0, 1, 0]]
+    assert (found["accuracy"], found["exact"]) == pytest.approx((5 / 6, 2 / 3))
     assert found["by attribute"].tolist() == pytest.approx([2 / 3, 1])
-    assert evaluator.decide(read, ()).tolist() == [[0, 0, 0, 0, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
     found = evaluator.count_attributes(read, labels, ())
-    right = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 0, 0, 1], [1, 0, 1, 0, 1]])
-    assert found["accuracy"] == pytest.approx(right.double().mean().item()) and found["exact"] == 0
-    assert found["by attribute"].tolist() == pytest.approx(right.double().mean(0).tolist())
+    assert evaluator.decide(read, ()).tolist() == [[0, 0, 0, 0, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
+    assert found["by attribute"].tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3, 1 / 3, 1])
+    assert (found["accuracy"], found["exact"]) == pytest.approx((9 / 15, 0))
     assert evaluator.count_attributes(read, None, groups) == {}
 
 
 # ---------------------------------------------------------------------- scores
-
-def test_label_sets_are_scored_over_draws_of_z():
-    sets, used = {"one": torch.tensor([[0, 24, 24], [1, 24, 24]])}, []
-
-    def sample(n, g, y):
-        assert n == len(y) == 2
-        used.append(torch.randn(n, generator=g))
-        return used[-1][:, None, None, None] * torch.ones(1, 3, 64, 64), y
-
-    # finds object 1 in bright images, object 0 in dark ones
-    judge = judge_of("scenes", Reader(lambda x: one_hot((x[:, 0, 0, 0] > 0).long(), 24).float()))
-    state = torch.get_rng_state()
-    result = evaluator.score_sets(sample, judge, sets, draws=6, seed=1)
-    right = torch.stack([(z > 0).long() == torch.tensor([0, 1]) for z in used]).float().mean(1)
-    assert result["accuracy one"] == pytest.approx((right.mean().item(), right.std().item()))
-    assert right.std() > 0 and not torch.equal(used[0], used[1])
-    assert evaluator.score_sets(sample, judge, sets, draws=6, seed=1) == result
-    assert all(map(torch.equal, used[:6], used[6:])) and torch.equal(torch.get_rng_state(), state)
-
 
 def test_digits_are_scored_by_hand():
     """The judge reads the class from the first pixel, and two features from the next ones."""
@@ -192,7 +241,6 @@ def test_digits_are_scored_by_hand():
         x[:, 0, 0, 0] = (x[:, 0, 0, 0] ** 2 * 10).floor() / 9
         made.append(x)
         return x, None
-
     real = torch.randint(0, 256, (700, 1, 32, 32), generator=torch.Generator().manual_seed(5)).byte()
     state = torch.get_rng_state()
     result = evaluator.score(sample, judge, 1200, 2, 3, real=judge.stats(real))
@@ -215,8 +263,7 @@ def test_digits_are_scored_by_hand():
 def test_faces_are_scored_with_their_requested_labels():
     """The judge reads three attributes from the first pixel's channels, two features from the next one's."""
     net = Reader(lambda x: x[:, :, 0, 0] / 2 + 0.5, lambda x: x[:, :2, 0, 1])
-    net.size, right = 8, []
-    judge = judge_of("faces", net)
+    net.size, right, judge = 8, [], judge_of("faces", net)
 
     def sample(n, g):
         x, y = torch.rand(n, 3, 8, 8, generator=g) * 2 - 1, torch.randint(2, (n, 3), generator=g)
@@ -224,14 +271,14 @@ def test_faces_are_scored_with_their_requested_labels():
         x[:, :, 0, 0] = (y == right[-1]) * 2.0 - 1
         return x, y
     result = evaluator.score(sample, judge, 600, 2, 3)
-    assert [len(x) for x in right] == [250, 250, 100] * 2
-    draws = [torch.cat(part).double() for part in (right[:3], right[3:])]
-    for name, values in (("accuracy", [x.mean() for x in draws]), ("exact", [x.prod(1).mean() for x in draws])):
-        assert result[name] == pytest.approx((np.mean(values), np.std(values, ddof=1)), rel=1e-4), name
-    assert result["by attribute"][0] == pytest.approx(sum(x.mean(0) for x in draws).div(2).tolist())
-    alone = evaluator.score(lambda n, g: (sample(n, g)[0], None), judge, 600, 2, 3, real=judge.stats(
-        torch.randint(0, 256, (300, 3, 8, 8)).byte()))
-    assert list(alone) == ["FD (judge)"] and "FD (judge)" not in result  # which needs real images, no labels
+    assert [len(x) for x in right] == [250, 250, 100] * 2 and "FD (judge)" not in result
+    a, b = (torch.cat(part).double() for part in (right[:3], right[3:]))
+    for name, x in (("accuracy", [a.mean(), b.mean()]), ("exact", [a.prod(1).mean(), b.prod(1).mean()])):
+        assert result[name] == pytest.approx((np.mean(x), np.std(x, ddof=1)), rel=1e-4), name
+    assert result["by attribute"][0] == pytest.approx((a.mean(0) / 2 + b.mean(0) / 2).tolist())
+    real = judge.stats(torch.randint(0, 256, (300, 3, 8, 8)).byte())
+    alone = evaluator.score(lambda n, g: (sample(n, g)[0], None), judge, 600, 2, 3, real=real)
+    assert list(alone) == ["FD (judge)"]
 
 
 def test_what_is_reported_chooses_no_checkpoint(digits):
@@ -252,21 +299,19 @@ def test_what_is_reported_chooses_no_checkpoint(digits):
     assert not torch.equal(seen[0], seen[1])
 
     data, seen = load_iclevr(settings(image_size=8)), []
-    judge = judge_of("scenes", Reader(lambda x: x[:, 0, 0, :24]))
+    scorer = evaluator.Scorer(cfg, data, judge_of("scenes", Reader(lambda x: x[:, 0, 0, :24])), None)
+    validation = {*map(tuple, scorer.validation["val"].tolist())}
 
-    def right_for_validation(n, g, y):
+    def sample(n, g, y):  # shows what is requested, but for single objects of the test lists
         seen.append(torch.rand((), generator=g).item())
-        asked = {tuple(row) for row in y.tolist()} <= {tuple(row) for row in judged["val"].tolist()}
-        x = torch.zeros(n, 3, 64, 64)
-        x[:, 0, 0, :25].scatter_(1, y, 1.0 if asked else -1.0)
+        x, shown = torch.zeros(n, 3, 64, 64), (y[:, 1] < 24) | ({*map(tuple, y.tolist())} <= validation)
+        x[:, 0, 0, :25].scatter_(1, y, (shown * 2.0 - 1)[:, None].expand(-1, 3))
         return x, y
-    scorer = evaluator.Scorer(cfg, data, judge, None)
-    judged = scorer.validation
-    found, reported = scorer.validate(right_for_validation), scorer.test(right_for_validation)
-    assert found["best"] == found["accuracy_val"] == 1 and found["accuracy_test"] == 0
+    found, reported = scorer.validate(sample), scorer.test(sample)
+    assert found["best"] == found["accuracy_val"] == 1 > found["accuracy_test"]
     assert set(found) == {"best", "accuracy_val", "accuracy_test", "accuracy_new_test"}
-    assert reported["accuracy test"][0] == 0 and "accuracy val" not in reported
-    assert not set(seen[:6]) & set(seen[6:]) and len(seen) == 6 + 4
+    assert [reported[f"accuracy_{k} test"] for k in (1, 2, 3)] == [(0, 0), (1, 0), (1, 0)]
+    assert "accuracy val" not in reported and len(seen) == 6 + 4 and not set(seen[:6]) & set(seen[6:])
 
 
 def test_fid_is_the_distance_of_inception_s_features(digits):
@@ -284,14 +329,14 @@ def test_fid_is_the_distance_of_inception_s_features(digits):
     assert found == pytest.approx((np.mean(values), np.std(values, ddof=1)), rel=1e-4)
 
 
-def test_fid_is_not_measured_where_its_weights_cannot_be_had(monkeypatch, capsys):
+@pytest.mark.parametrize("weights, device, said", [
+    ("none", "cpu", ""), ("auto", "cpu", "on a CPU"), ("auto", "cuda", "FID: not measured: no")])
+def test_fid_is_not_measured_where_its_weights_cannot_be_had(monkeypatch, capsys, weights, device, said):
     def no_network(weights, device):
         raise UserError("no network")
-    assert evaluator.get_inception("none", CPU) is None and not capsys.readouterr().out
-    assert evaluator.get_inception("auto", CPU) is None
-    assert "not measured on a CPU" in capsys.readouterr().out
     monkeypatch.setattr(evaluator, "load_inception", no_network)
-    assert evaluator.get_inception("auto", torch.device("cuda")) is None
-    assert "FID: not measured: no network" in capsys.readouterr().out
+    assert evaluator.get_inception(weights, torch.device(device)) is None
+    out = capsys.readouterr().out
+    assert said in out and bool(said) == bool(out)
     with pytest.raises(UserError):  # named, so it must be there
-        evaluator.get_inception("weights.pth", torch.device("cuda"))
+        evaluator.get_inception("weights.pth", torch.device(device))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY, flags, process, rows_of, run_here, same
+from tests.conftest import ROOT, TINY, flags, process, rows_of, run_here, same_runs
 
 resource = pytest.importorskip("resource")  # POSIX
 NAME, LONG = "dcgan_mnist", 100_000
@@ -29,13 +29,6 @@ def wait_for(path: Path, pattern: str, running: subprocess.Popen, since: float =
             if any(p.stat().st_mtime > since for p in path.glob(pattern)):
                 return
         time.sleep(0.001)
-
-
-def same_end(folder: Path, whole: Path) -> None:
-    one, other = (torch.load(path / "last.pt", weights_only=True) for path in (folder, whole))
-    one["config"].pop("out"), other["config"].pop("out")
-    same(one, other)
-    assert rows_of(folder) == rows_of(whole) and not list(folder.rglob(".writing*"))
 
 
 def test_random_kills_lose_nothing(here, pytestconfig):
@@ -58,12 +51,12 @@ def test_random_kills_lose_nothing(here, pytestconfig):
         command = ["--resume", str(folder)]
     print(f"{killed} of {n} ended in training")
     run_here(NAME, "resume", folder)
-    same_end(folder, here / "whole")
-    assert len(list((folder / "samples").iterdir())) == fields["iters"] // 5
+    same_runs(folder, here / "whole")
+    assert not list(folder.rglob(".writing*"))
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGHUP, "pipe"])
-def test_ctrl_c_a_closed_terminal_and_a_closed_pipe_save(here, how):
+@pytest.mark.parametrize("how", [signal.SIGHUP, "pipe"])
+def test_a_closed_terminal_and_a_closed_pipe_save(here, how):
     """As a closed ssh and `… | head` do. What is resumed afterwards ends with the same bits."""
     running = subprocess.Popen(**process(NAME, *arguments(here / "r", iters=LONG, sample_every=2), cwd=here))
     wait_for(here / "r", "samples/step_*", running)
@@ -80,7 +73,7 @@ def test_ctrl_c_a_closed_terminal_and_a_closed_pipe_save(here, how):
     assert 0 < step < LONG and rows_of(here / "r")[-1]["step"] == step
     run_here(NAME, "resume", here / "r", iters=step + 2)
     run_here(NAME, **SETTINGS | dict(iters=step + 2, sample_every=2), out="whole")
-    same_end(here / "r", here / "whole")
+    same_runs(here / "r", here / "whole")
 
 
 def test_a_full_disk_is_one_line(here):

@@ -7,7 +7,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 from scipy import linalg
 
 from common import fid
@@ -32,13 +32,6 @@ def state() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def net(state) -> fid.Inception:
-    net = fid.Inception()
-    net.load_state_dict(state)
-    return net
-
-
-@pytest.fixture(scope="module")
 def reference(state):
     """pytorch_fid.fid_score, its network made with our random weights."""
     score, sqrtm = pytest.importorskip("pytorch_fid.fid_score"), linalg.sqrtm
@@ -49,11 +42,6 @@ def reference(state):
         # It calls sqrtm(…, disp=False) for a pair, which SciPy deprecates in 1.17 and removes in 1.18.
         patch.setattr(linalg, "sqrtm", lambda a, disp=True: sqrtm(a) if disp else (sqrtm(a), None))
         yield score
-
-
-@pytest.fixture(scope="module")
-def theirs(reference):
-    return reference.InceptionV3().eval()
 
 
 def pictures(folder, n, seed, grey=False):
@@ -75,23 +63,18 @@ def folders(tmp_path_factory):
 
 # ---------------------------------------------------------------------- the network
 
-def test_features_are_those_of_pytorch_fid(net, theirs):
-    for shape in ((2, 3, 299, 299), (2, 3, 320, 200), (2, 1, 28, 28)):
-        images = torch.rand(shape, generator=torch.Generator().manual_seed(shape[2]))
-        expected = theirs(images.expand(-1, 3, -1, -1))[0].flatten(1)
-        assert expected.shape == (2, 2048) and expected.std(0).mean() > 1e-2  # not all the same
-        torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().mean().item())
-
-
-def test_the_network_keeps_out_of_the_way(state, net):
-    before = torch.get_rng_state()
-    made = fid.Inception()
-    assert torch.equal(torch.get_rng_state(), before)
-    images = torch.rand(1, 3, 32, 32, requires_grad=True)
-    assert made(images).isnan().all()  # no weights, no features
+def test_features_are_those_of_pytorch_fid_and_the_network_keeps_out_of_the_way(state, reference):
+    theirs, before = reference.InceptionV3().eval(), torch.get_rng_state()
+    net = fid.Inception()
+    assert torch.equal(torch.get_rng_state(), before) and net(torch.ones(1, 1, 9, 9)).isnan().all()
     with pytest.raises(RuntimeError, match="Missing key"):
-        made.load_state_dict({k: v for k, v in state.items() if k != "Mixed_7c.branch_pool.bn.bias"})
-    out = net(images)
+        net.load_state_dict({k: v for k, v in state.items() if k != "Mixed_7c.branch_pool.bn.bias"})
+    net.load_state_dict(state)
+    for shape in ((2, 3, 299, 299), (2, 3, 320, 200), (2, 1, 28, 28)):
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(shape[2]), requires_grad=True)
+        out, expected = net(images), theirs(images.expand(-1, 3, -1, -1))[0].detach().flatten(1)
+        assert expected.shape == (2, 2048) and expected.std(0).mean() > 1e-2  # not all the same
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4 * expected.abs().mean().item())
     assert not out.requires_grad and not any(p.requires_grad for p in net.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(net(images), out) and out.dtype == torch.float32
@@ -128,38 +111,30 @@ def test_distance_is_that_of_the_matrix_square_root():
     (m1, s1), (m2, s2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (
         rng.normal(size=(500, 400)) * rng.uniform(0.1, 1, 400), rng.normal(0.01, 0.6, (500, 400))))
     expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2) - 2 * np.trace(linalg.sqrtm(s1 @ s2)).real
-    assert fid.frechet_distance(m1, s1, torch.from_numpy(m2), torch.from_numpy(s2)) == pytest.approx(
-        expected, rel=1e-6)
+    found = fid.frechet_distance(m1, s1, torch.from_numpy(m2), torch.from_numpy(s2))
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("a, b", [
-    (np.r_[np.ones(30), np.zeros(70)], np.r_[np.zeros(20), 2 * np.ones(40), np.zeros(40)]),
-    (np.r_[np.ones(30), np.zeros(70)], np.linspace(1, 2, 100)),
-    (np.arange(1, 101.0) ** -4, np.arange(1, 101.0) ** -4 * 1.1),  # a broad range: no eigenvalue may be lost
-    (np.zeros(100), np.ones(100)),
-])
-def test_distance_of_covariances_with_common_axes(a, b):
+def test_distance_of_covariances_with_common_axes_and_any_rank():
     axes, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(100, 100)))
-    s1, s2 = axes * a @ axes.T, axes * b @ axes.T
-    mu, expected = np.ones(100), ((a ** 0.5 - b ** 0.5) ** 2).sum()
-    assert fid.frechet_distance(mu, s1, mu, s2) == pytest.approx(expected, rel=1e-6)
-    assert fid.frechet_distance(mu, s1, 0 * mu, s2) == pytest.approx(expected + 100, rel=1e-6)
-    assert 0 <= fid.frechet_distance(mu, s2, mu, s2) < 1e-6
+    low, broad = np.r_[np.ones(30), np.zeros(70)], np.arange(1, 101.0) ** -4  # no eigenvalue may be lost
+    for a, b in ((low, np.r_[np.zeros(20), 2 * np.ones(40), np.zeros(40)]), (low, np.linspace(1, 2, 100)),
+                 (broad, broad * 1.1), (np.zeros(100), np.ones(100))):
+        s1, s2 = axes * a @ axes.T, axes * b @ axes.T
+        mu, expected = np.ones(100), ((a ** 0.5 - b ** 0.5) ** 2).sum()
+        assert fid.frechet_distance(mu, s1, mu, s2) == pytest.approx(expected, rel=1e-6)
+        assert fid.frechet_distance(mu, s1, 0 * mu, s2) == pytest.approx(expected + 100, rel=1e-6)
+        assert 0 <= fid.frechet_distance(mu, s2, mu, s2) < 1e-6
 
 
 def test_kid_is_the_unbiased_estimate():
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(12, 5, generator=g), torch.randn(9, 5, generator=g) + 0.5
-    a, b, before = x[:1].expand(12, 5).double().numpy(), y.double().numpy(), torch.get_rng_state()
-
-    def k(p, q):
-        return (p @ q / 5 + 1) ** 3
-
-    # subsets of all of the smaller set, and of a larger one that is all alike
-    among_b = sum(k(b[i], b[j]) for i in range(9) for j in range(9) if i != j) / 72
-    expected = k(a[0], a[0]) + among_b - 2 * sum(k(a[0], q) for q in b) / 9
-    mean, std = fids.kid(torch.from_numpy(a), y, subsets=3)
-    assert mean == pytest.approx(expected, rel=1e-12) and std < 1e-9
+    same, b, before = x[:1].expand(12, 5), y.double().numpy(), torch.get_rng_state()
+    k = (b @ b.T / 5 + 1) ** 3  # subsets of all of the smaller set, and of a larger one that is all alike
+    across, within = (((same[:1] @ z.T).double().numpy() / 5 + 1) ** 3 for z in (y, same[:1]))
+    expected = within.item() + (k.sum() - k.trace()) / 72 - 2 * across.mean()
+    assert fids.kid(same, y, subsets=3) == pytest.approx((expected, 0), rel=1e-6, abs=1e-9)
     assert fids.kid(x, y, 20, 5, seed=1) == fids.kid(x, y, 20, 5, seed=1) != fids.kid(x, y, 20, 5, seed=2)
     # unbiased: the mean over many subsets is the estimate from all
     assert fids.kid(x[:9], y, 2000, 4)[0] == pytest.approx(fids.kid(x[:9], y, 1)[0], abs=0.15)
@@ -172,12 +147,9 @@ def test_precision_and_recall_as_counted_one_by_one():
 
     def share(points, by):
         radii = [sorted((q - o).norm() for o in by)[3] for q in by]
-        pairs = list(zip(by, radii, strict=True))
-        return sum(any((p - q).norm() <= r for q, r in pairs) for p in points) / len(points)
-
+        return np.mean([any((p - q).norm() <= r for q, r in zip(by, radii, strict=True)) for p in points])
     expected = share(fake, real), share(real, fake)
-    assert fids.precision_recall(real, fake) == pytest.approx(expected)
-    assert 0.1 < min(expected) < 0.95
+    assert fids.precision_recall(real, fake) == pytest.approx(expected) and 0.1 < min(expected) < 0.95
     many = torch.randn(300, 6, generator=g)  # more than are compared at once
     assert fids.precision_recall(real, real) == fids.precision_recall(many, many) == (1, 1)
     assert fids.precision_recall(real, fake + 100) == (0, 0)
@@ -217,36 +189,34 @@ def call(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def refuses(call, tmp_path):
-    """Calls it; expects status 2, one error line, and no file written."""
     def check(*argv, message):
         before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
         status, out, error = call(*argv)
-        assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        assert (status, error.count("\n"), error.count("error: ")) == (2, 1, 1), error
         assert message in error and "FID:" not in out
         assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     return check
 
 
-def test_folders_and_statistics_interchange_with_pytorch_fid(call, reference, theirs, folders, weights):
+def test_folders_and_statistics_interchange_with_pytorch_fid(call, reference, folders, weights):
     (a, grey), use = folders, ("--fid-weights", weights)
-    mu, sigma = reference.compute_statistics_of_path(str(a), theirs, 4, 2048, "cpu", 0)
-    reference.save_fid_stats([str(grey), "theirs.npz"], 4, "cpu", 2048, 0)
-    assert call("--save-stats", a, "a.npz", *use)[1].endswith("wrote a.npz (N = 5)\n")
-    ours = fids.Statistics.load(Path("a.npz"))
-    np.testing.assert_allclose(ours.mean, mu, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(ours.covariance, sigma, rtol=1e-3, atol=1e-5 * sigma.max())
-    mu, sigma = reference.compute_statistics_of_path("a.npz", None, 1, 2048, "cpu")
+    for folder in folders:
+        reference.save_fid_stats([str(folder), f"{folder.name}.npz"], 4, "cpu", 2048, 0)
+    assert call("--save-stats", a, "ours.npz", *use)[1].endswith("wrote ours.npz (N = 5)\n")
+    ours, *theirs = (fids.Statistics.load(Path(f"{name}.npz")) for name in ("ours", "a", "grey"))
+    np.testing.assert_allclose(ours.mean, theirs[0].mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ours.covariance, theirs[0].covariance, rtol=1e-3,
+                               atol=1e-5 * theirs[0].covariance.max())
+    mu, sigma = reference.compute_statistics_of_path("ours.npz", None, 1, 2048, "cpu")
     assert np.array_equal(mu, ours.mean) and np.array_equal(sigma, ours.covariance)
     # sqrtm of 2048×2048 matrices of rank 4 and 3 is slow and rough; two of their features have full rank
-    some, grey_stats = slice(None, None, 1100), fids.Statistics.load(Path("theirs.npz"))
-    few = [part for s in (ours, grey_stats) for part in (s.mean[some], s.covariance[some, some])]
-    expected = reference.calculate_frechet_distance(*few)
-    assert fid.frechet_distance(*few) == pytest.approx(expected, rel=1e-3)
-    distance = fid.frechet_distance(mu, sigma, grey_stats.mean, grey_stats.covariance)
-    status, out, error = call("a.npz", grey, *use)
+    few = [part for s in theirs for part in (s.mean[::1100], s.covariance[::1100, ::1100])]
+    assert fid.frechet_distance(*few) == pytest.approx(reference.calculate_frechet_distance(*few), rel=1e-3)
+    expected = fid.frechet_distance(mu, sigma, theirs[1].mean, theirs[1].covariance)
+    assert call("ours.npz", "grey.npz") == (0, f"FID: {expected:.6f} (N = 5 and unknown)\n", "")  # no weights
+    status, out, error = call("ours.npz", grey, *use)
     assert (status, error) == (0, "") and out.endswith(" (N = 5 and 4)\n")
-    assert float(out.split()[1]) == pytest.approx(distance, rel=1e-3)
-    assert call("a.npz", "theirs.npz") == (0, f"FID: {distance:.6f} (N = 5 and unknown)\n", "")  # no weights
+    assert float(out.split()[1]) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_command_line_adds_kid_precision_and_recall(call, folders, monkeypatch):
@@ -263,73 +233,52 @@ def test_the_command_line_adds_kid_precision_and_recall(call, folders, monkeypat
 
 
 def test_bad_folders(refuses, folders, weights, tmp_path):
-    a = folders[0]
-    refuses("nowhere", a, message="nowhere can't be read (FileNotFoundError")
+    a, bad, one = folders[0], pictures(tmp_path / "bad", 3, 0), pictures(tmp_path / "one", 1, 0)
     (tmp_path / "empty").mkdir()
+    refuses("nowhere", a, message="nowhere can't be read (FileNotFoundError")
     refuses(a, "empty", message="empty has no images, at least 2")
-    refuses(pictures(tmp_path / "one", 1, 0), a, message="one has 1 image, at least 2")
-    sizes = pictures(tmp_path / "sizes", 3, 0)
-    Image.new("RGB", (8, 9)).save(sizes / "2.png")
-    refuses(a, sizes, message="0.png has (40, 32) pixels, 2.png (8, 9)")
-    for name, damage in (("header", lambda b: b"no image"), ("pixels", lambda b: b[: len(b) // 2])):
-        corrupt = pictures(tmp_path / name, 3, 0)
-        (corrupt / "1.png").write_bytes(damage((corrupt / "1.png").read_bytes()))
-        refuses(corrupt, a, "--fid-weights", weights, message="1.png can't be read (")
-    (corrupt / "1.png").unlink()
-    (corrupt / "1.png").symlink_to("nowhere")  # part of the folder is not measured without a word
-    refuses(corrupt, a, message="1.png can't be read (FileNotFoundError")
+    refuses(one, a, message="one has 1 image, at least 2")
+    (bad / "1.png").write_bytes((bad / "1.png").read_bytes()[:100])
+    refuses(bad, a, "--fid-weights", weights, message="1.png can't be read (")
+    Image.new("RGB", (40, 32)).save(bad / "1.png", format="EPS")  # Pillow gives it to Ghostscript
+    refuses(bad, a, message="1.png can't be read (UnidentifiedImageError")
+    Image.new("RGB", (8, 9)).save(bad / "1.png")
+    refuses(a, bad, message="0.png has (40, 32) pixels, 1.png (8, 9)")
+    (bad / "1.png").unlink()
+    (bad / "1.png").symlink_to("nowhere")  # part of the folder is not measured without a word
+    refuses(bad, a, message="1.png can't be read (FileNotFoundError")
 
 
-def test_the_files_measured_are_images_by_name_and_by_content(tmp_path, monkeypatch):
+def test_the_files_measured_and_their_pixels_are_those_of_pytorch_fid(tmp_path, reference):
     folder = pictures(tmp_path / "some", 4, 0)
     (folder / "2.png").rename(folder / "2.PNG")
     Image.open(folder / "3.png").save(folder / "3.Jpeg")
     for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
         (folder / name).write_bytes(b"left by a file manager")
     assert [p.name for p in fids.list_images(folder)] == ["0.png", "1.png", "2.PNG", "3.Jpeg", "3.png"]
-    started = []
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: started.append(a))
-    Image.new("RGB", (40, 32)).save(folder / "0.png", format="EPS")
-    with pytest.raises(UserError, match="0.png can't be read .Unidentified"):
-        next(fids.read_images([folder / "0.png"], 1))
-    assert not started
-
-
-@pytest.mark.parametrize("image", [
-    Image.new("RGBA", (40, 32), (9, 8, 7, 0)), Image.fromarray(np.full((32, 40), 999, np.uint16)),
-    Image.new("P", (40, 32), 3)])
-def test_pixels_are_those_that_pytorch_fid_reads(tmp_path, reference, image):
-    for orientation in (1, 6):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        image.save(tmp_path / "x.png", exif=exif)
-        expected = reference.ImagePathDataset([tmp_path / "x.png"], np.array)[0]
-        read = next(fids.read_images([tmp_path / "x.png"], 1))[0].permute(1, 2, 0)
-        assert np.array_equal(read, expected)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # not turned
+    for image in (Image.new("RGBA", (40, 32), (9, 8, 7, 0)), Image.new("P", (40, 32), 3),
+                  Image.fromarray(np.full((32, 40), 999, np.uint16))):
+        image.save(folder / "0.png", exif=exif)
+        expected = reference.ImagePathDataset([folder / "0.png"], np.array)[0]
+        assert np.array_equal(next(fids.read_images([folder / "0.png"], 1))[0].permute(1, 2, 0), expected)
 
 
 def test_bad_statistics(refuses, folders, tmp_path):
     eye, good = np.eye(3), tmp_path / "good.npz"
-    indefinite, skewed = eye + 2 * eye[[1, 0, 2]], eye + np.eye(3, k=1) / 2
     np.savez(good, mu=np.zeros(3), sigma=eye)
-    for message, arrays in (("it should be .npz statistics", {"mu": np.zeros(3)}),
-                            ("NaN or infinite", {"mu": np.zeros(3), "sigma": eye * np.nan}),
-                            ("the shapes are (3,) and (4, 4)", {"mu": np.zeros(3), "sigma": np.eye(4)}),
-                            ("the shapes are (0,)", {"mu": np.zeros(0), "sigma": np.zeros((0, 0))}),
-                            ("OverflowError", {"mu": np.zeros(3), "sigma": eye, "n": np.inf}),
-                            ("of -5 images", {"mu": np.zeros(3), "sigma": eye, "n": -5}),
-                            ("3 and 4 dimensions", {"mu": np.zeros(4), "sigma": np.eye(4)}),
-                            ("not a covariance", {"mu": np.zeros(3), "sigma": indefinite}),
-                            ("not a covariance", {"mu": np.zeros(3), "sigma": skewed}),
-                            ("could not convert string", {"mu": np.array(["x"] * 3), "sigma": eye})):
-        np.savez(tmp_path / "bad.npz", **arrays)
+    for message, mu, sigma in (("NaN or infinite", np.zeros(3), eye * np.nan),
+                               ("the shapes are (3,) and (4, 4)", np.zeros(3), np.eye(4)),
+                               ("3 and 4 dimensions", np.zeros(4), np.eye(4)),
+                               ("not a covariance", np.zeros(3), eye + 2 * eye[[1, 0, 2]]),
+                               ("not a covariance", np.zeros(3), eye + np.eye(3, k=1) / 2)):
+        np.savez(tmp_path / "bad.npz", mu=mu, sigma=sigma)
         refuses("good.npz", "bad.npz", message=message)
-    whole = good.read_bytes()
-    at = whole.index(b"PK\1\2")  # the central directory, whose flags and compression follow
-    encrypted, unknown = (whole[:i] + bytes([x]) + whole[i + 1:] for i, x in ((at + 8, 1), (at + 10, 99)))
-    header = whole.replace(b"'fortran_order'", b"(((((((((((((((")
-    huge = whole.replace(b"(3,), }        ", b"(3000000000000,)}")
-    for content in (b"", b"no zip at all", whole[:-30], whole[:60], encrypted, unknown, header, huge):
+    for message, arrays in (("it should be .npz statistics", {}), ("of -5 images", {"sigma": eye, "n": -5})):
+        np.savez(tmp_path / "bad.npz", mu=np.zeros(3), **arrays)
+        refuses("good.npz", "bad.npz", message=message)
+    for content in (b"", b"no zip at all", good.read_bytes()[:-30]):
         (tmp_path / "bad.npz").write_bytes(content)
         refuses("bad.npz", "good.npz", message="bad.npz can't be read (")
     refuses("missing.npz", "good.npz", message="missing.npz can't be read")
@@ -339,17 +288,17 @@ def test_bad_statistics(refuses, folders, tmp_path):
 
 def test_bad_weights_and_options(refuses, folders, weights, tmp_path):
     (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:-9])
-    refuses(*folders, "--fid-weights", "cut.pth", message="cut.pth can't be read (ValueError: its SHA-256 is")
-    refuses(*folders, "--fid-weights", "missing.pth", message="missing.pth can't be read (FileNotFoundError")
-    refuses(*folders, message="(URLError: <urlopen error unplugged>): it should be the FID Inception")
-    (tmp_path / "hub" / "checkpoints" / fid.URL.rsplit("/", 1)[1]).write_bytes(b"something else")
-    refuses(*folders, message="its SHA-256 is")
     (tmp_path / "taken.npz").write_bytes(b"")
     for arguments, message in (
+            ([*folders, "--fid-weights", "cut.pth"], "cut.pth can't be read (ValueError: its SHA-256 is"),
+            ([*folders, "--fid-weights", "missing.pth"], "missing.pth can't be read (FileNotFoundError"),
+            (folders, "(URLError: <urlopen error unplugged>): it should be the FID Inception"),
             (["--save-stats", folders[0], "taken.npz"], "exists and is not overwritten"),
             (["--save-stats", folders[0], "no/where.npz"], "is not in an existing folder"),
             (["--save-stats", *folders], "takes a folder of images and the .npz to write"),
             ([*folders, "--batch-size", "0"], "--batch-size 0: must be at least 1"),
-            ([*folders, "--batch", "3"], "unrecognized arguments: --batch 3 (see --help)"),
-            ([*folders, "--device", "cuda:99"], "cuda:99 is not available")):
+            ([*folders, "--device", "cuda:99"], "--device cuda:99 can't be read ("),
+            ([*folders, "--batch", "3"], "unrecognized arguments: --batch 3 (see --help)")):
         refuses(*arguments, message=message)
+    (tmp_path / "hub" / "checkpoints" / fid.URL.rsplit("/", 1)[1]).write_bytes(b"something else")
+    refuses(*folders, message="its SHA-256 is")

@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,13 +89,10 @@ def test_a_run_leaves_everything_and_the_best_of_its_scored_steps(finished, name
 @pytest.mark.parametrize("name", NAMES)
 def test_all_that_a_run_leaves_names_its_recipe(finished, name):
     """Its fields that have other values, too; the final pictures are of the scored checkpoint."""
-    (folder, output, titles), module, scores = finished(name), importlib.import_module(name), None
-    scores, expected = scores_of(folder), vars(module.Config()) | module.RECIPES[OTHER[name]]
-    fields = {field for recipe in module.RECIPES.values() for field in recipe} & TINY[name].keys()
-    recipe, *changed = scores["recipe"].split(", ")
-    assert recipe == f"recipe {OTHER[name]}" and len(changed) == len(set(changed)) and set(changed) == {
-        f"{field} {TINY[name][field]}" for field in fields if TINY[name][field] != expected[field]}
-    content = json.loads((folder / "config.json").read_text())
+    (folder, output, titles), values = finished(name), importlib.import_module(name).RECIPES[OTHER[name]]
+    scores, content = scores_of(folder), json.loads((folder / "config.json").read_text())
+    changed = [f"{f} {TINY[name][f]}" for f in values if values[f] != TINY[name].get(f, values[f])]
+    assert scores["recipe"] == ", ".join([f"recipe {OTHER[name]}", *changed])
     assert content["config"]["recipe"] == OTHER[name]
     assert f"--recipe {OTHER[name]}" in content["sittings"][0]["command"]
     assert f"{folder.name}: {scores['data']}, {scores['recipe']}, " in output
@@ -196,16 +193,15 @@ def test_settings_have_help_and_come_from_flags_else_quick_else_recipe_else_defa
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_other_settings_other_runs_and_unknown_recipes_are_refused(finished, refuses, name):
-    folder, other = finished(name)[0], NAMES[NAMES.index(name) - 1]
+def test_other_runs_and_unknown_recipes_are_refused(finished, refuses, name):
+    folder, other, tiny = finished(name)[0], NAMES[NAMES.index(name) - 1], flags(TINY[name] | dict(iters=1))
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    refuses(name, "--recipe", "best", message="--recipe: invalid choice: 'best' (choose from")
+    refuses(name, *tiny, "--recipe", "best", message="--recipe: invalid choice: 'best' (choose from")
     refuses(name, "--resume", folder, "--recipe", "paper", message=f"--recipe is '{OTHER[name]}' there")
-    refuses(name, "--resume", folder, "--batch-size", "9", message="--batch-size is 8 there, 9 here")
     refuses(name, "--sample", folder, "--save-every", "9", message="--save-every is 4 there, 9 here")
     refuses(name, "--eval", finished(other)[0], message=f"is a run of {other}.py")
-    refuses(name, "--out", folder, message="already exists")
-    refuses(name, "--data", "nowhere", message="nowhere")
+    refuses(name, *tiny, "--out", folder, message="already exists")
+    refuses(name, *tiny, "--data", "nowhere", message="nowhere")
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
@@ -228,31 +224,29 @@ def test_a_short_run_on_cuda(tmp_path, name):
 @pytest.mark.parametrize("name", GANS)
 def test_one_pass_of_g_serves_both_steps_with_the_augmented_images(here, monkeypatch, name):
     """Further steps of D have their own images; arguments have one order in all scripts."""
-    module, passes, changes, d_calls, g_calls = importlib.import_module(name), [], [], [], []
+    module, calls = importlib.import_module(name), defaultdict(list)
 
-    def spy(owner, function: str, then: Callable) -> None:
-        original = getattr(owner, function)
-
+    def spy(owner, function: str) -> None:
         def wrapper(*arguments):
             result = original(*arguments)
-            then(inspect.signature(original).bind(*arguments).arguments, result)
+            given = inspect.signature(original).bind(*arguments).arguments
+            calls[function].append(given | {"result": result})
             return result
-        monkeypatch.setattr(owner, function, wrapper)
-    spy(module, "d_step", lambda given, _: d_calls.append(given))
-    spy(module, "g_step", lambda given, _: g_calls.append(given))
-    spy(module.Generator, "forward", lambda given, _: passes.extend([1] * given["self"].training))
-    for owner, change in ((module, "instance_noise"), (module, "random_flip_translate"),
-                          (blocks, "random_flip_translate")):
-        if hasattr(owner, change):
-            spy(owner, change, lambda given, result: changes.append((given["x"], result)))
-    add_noise = {"add_noise": False} if "sngan" in name else {}
-    run_here(name, iters=1, judge="none", recipe=OTHER[name], **add_noise)
-    fakes, last = [given["fake"] for given in d_calls], g_calls[0]["fake"]
-    assert len(passes) == len(fakes) == TINY[name].get("n_dis", 1) and len(g_calls) == 1
-    assert torch.equal(fakes[-1], last) and last.requires_grad and not any(x.requires_grad for x in fakes)
-    assert not any(torch.equal(x, last) for x in fakes[:-1])
-    for x in [*fakes, *(given["real"] for given in d_calls)] if name != "dcgan_mnist" else []:
-        assert any(torch.equal(x, after) and not torch.equal(x, before) for before, after in changes)
-    for given in (*d_calls, *g_calls):
-        order = [name for name in given if name in ORDER]
-        assert order == [name for name in ORDER if name in order] and {"D", "opt", "fake", "cfg"} <= {*order}
+        if original := getattr(owner, function, None):
+            monkeypatch.setattr(owner, function, wrapper)
+    for owner, functions in ((module, "d_step g_step instance_noise random_flip_translate"),
+                             (blocks, "random_flip_translate"), (module.Generator, "forward")):
+        for function in functions.split():
+            spy(owner, function)
+    fields = dict(add_noise=False) if name == "sngan_iclevr" else {}
+    run_here(name, iters=1, judge="none", recipe=OTHER[name], **fields)
+    (g_step,), changes = calls["g_step"], calls["instance_noise"] + calls["random_flip_translate"]
+    *others, last = fakes = [given["fake"] for given in calls["d_step"]]
+    assert len(fakes) == TINY[name].get("n_dis", 1) == sum(c["self"].training for c in calls["forward"])
+    assert torch.equal(g_step["fake"], last) and g_step["fake"].requires_grad
+    assert not any(torch.equal(x, last) for x in others) and not any(x.requires_grad for x in fakes)
+    for x in [*fakes, *(given["real"] for given in calls["d_step"])] if name != "dcgan_mnist" else []:
+        assert any(torch.equal(x, c["result"]) and not torch.equal(x, c["x"]) for c in changes)
+    for given in (*calls["d_step"], g_step):
+        order = [argument for argument in given if argument in ORDER]
+        assert order == sorted(order, key=ORDER.index) and {"D", "opt", "fake", "cfg"} <= {*order}

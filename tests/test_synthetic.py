@@ -39,21 +39,18 @@ def rendered():
 def test_frames_are_nested_and_labels_padded(rendered):
     images, labels, scene = rendered
     assert images.dtype == torch.uint8 and images.shape == (300, 3, 64, 64)
-    assert scene.tolist() == [i // 3 for i in range(300)]
-    assert (labels.sort(1).values == labels).all()
-    for frames, ids in zip(images.int().split(3), labels.split(3), strict=True):
+    assert scene.tolist() == [i // 3 for i in range(300)] and (labels.sort(1).values == labels).all()
+    for frames, ids in zip(images.split(3), labels.split(3), strict=True):
         sets = [set(row.tolist()) - {scenes.NULL} for row in ids]
         assert [len(s) for s in sets] == [1, 2, 3] and sets[0] < sets[1] < sets[2]
         changed = (frames[1:] != frames[:-1]).any(1).float().mean((1, 2))
         assert (changed > 0.005).all() and (changed < 0.3).all()  # one object and its shadow more
-    assert scenes.OBJECTS[0] == "gray cube" and scenes.OBJECTS[9] == "red sphere"  # i-CLEVR's order
-    assert scenes.OBJECTS[23] == "yellow cylinder" and len(scenes.OBJECTS) == scenes.NULL == 24
+    assert [scenes.OBJECTS[i] for i in (0, 9, 23)] == ["gray cube", "red sphere", "yellow cylinder"]
 
 
 def test_objects_do_not_overlap():
-    f = scenes._sample_factors(400, 0)
+    f, size = scenes._sample_factors(400, 0), scenes.SIZE
     # footprints: a disc for round things, the disc around it for a cube
-    size = scenes.SIZE
     radius = torch.tensor([size["cube"] * math.sqrt(2), size["sphere"], size["cylinder"]])[f["object"] // 8]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         apart = (f["place"][:, a] - f["place"][:, b]).norm(dim=1)
@@ -63,52 +60,31 @@ def test_objects_do_not_overlap():
 
 
 def test_objects_have_their_colour(rendered):
-    images, labels, _ = rendered
-    middle = images[0::3, :, 25:31, 30:34].float().mean((2, 3))  # the first object stands there
+    middle = rendered[0][0::3, :, 25:31, 30:34].float().mean((2, 3))  # the first object stands there
     named = torch.tensor(list(scenes.COLOURS.values())).float()
 
     def hue(rgb):  # direction away from grey
         return normalize(rgb - rgb.mean(-1, keepdim=True), dim=-1)
-    colour = labels[0::3, 0] % 8
-    coloured = colour > 0
+    colour, grey = rendered[1][0::3, 0] % 8, middle[rendered[1][0::3, 0] % 8 == 0]
     found = (hue(middle) @ hue(named[1:]).T).argmax(1) + 1
-    assert (found == colour)[coloured].float().mean() > 0.97
-    grey = middle[~coloured]
+    assert (found == colour)[colour > 0].float().mean() > 0.97
     assert len(grey) > 3 and (grey.amax(1) - grey.amin(1)).max() < 12
-
-
-@pytest.mark.parametrize("shape, off_surface", [
-    ("sphere", lambda p, r: p.norm(dim=1) - r), ("cube", lambda p, r: p.abs().amax(1) - r),
-    ("cylinder", lambda p, r: torch.maximum(p[:, :2].norm(dim=1) - r,
-                                            p[:, 2].abs() - scenes.CYLINDER_HALF_HEIGHT))])
-def test_intersection_lies_on_the_surface(shape, off_surface):
-    g = torch.Generator().manual_seed(0)
-    o = normalize(torch.randn(2000, 3, generator=g), dim=1) * 5
-    d = torch.randn(2000, 3, generator=g) * 0.4 - o
-    t, hit, normal = scenes._intersect(shape, o, d)
-    p = (o + t[:, None] * d)[hit]
-    assert 0.2 < hit.float().mean() < 1 and off_surface(p, scenes.SIZE[shape]).abs().max() < 1e-4
-    assert ((normal[hit] * d[hit]).sum(1) < 0).all()  # faces the viewer
-    torch.testing.assert_close(normal[hit].norm(dim=1), torch.ones(len(p)), atol=1e-4, rtol=0)
 
 
 # ---------------------------------------------------------------------- digits
 
 def test_digits_look_like_mnist_s_and_have_the_factors_said():
     images, labels, factors = digits.render(3000, seed=3)
-    assert images.dtype == torch.uint8 and images.shape == (3000, 1, 28, 28)
-    assert labels.dtype == torch.int64 and labels.shape == (3000,)
+    assert images.dtype == torch.uint8 and images.shape == (3000, 1, 28, 28) and labels.dtype == torch.int64
     assert labels.bincount(minlength=10).min() > 240 and labels.bincount().max() < 360  # 300 ± 16
     said = {"slant": (-0.55, 0.95), "width": (1.2, 5.3), "size": (12, 20 + 1e-4)}
     assert set(factors) == set(said)
     for name, (low, high) in said.items():
-        value = factors[name]
-        assert value.dtype == torch.float32 and value.shape == (3000,)
-        assert low <= value.min() and value.max() <= high and value.std() > (high - low) / 20
+        x = factors[name]
+        assert x.dtype == torch.float32 and low <= x.min() and x.max() <= high and x.std() > (high - low) / 20
     rows = (images[:, 0] > 127).any(2)
     wrong = 28.0 - rows.int().argmax(1) - rows.flip(1).int().argmax(1) - factors["size"]
     assert wrong.abs().max() < 2 and wrong.mean().abs() < 0.4
-
     assert images.amax((1, 2, 3)).min() > 200  # no stroke is too thin to be white
     x, at = images[:, 0].double() / 255, torch.arange(28).double()
     assert 0.12 < x.mean() < 0.14  # MNIST: 0.131
@@ -132,15 +108,9 @@ def test_slant_and_width_are_the_true_ones():
         assert slant[ones].std() / factors["slant"][ones].std() == pytest.approx(1, abs=0.05)
         assert (width / factors["width"]).median() == pytest.approx(0.98, abs=0.03)
     assert measures.slant_and_width(-torch.ones(2, 1, 28, 28))[0].isnan().all()
-
-
-def test_spearman_is_scipy_s():
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 5, 30).round(decimals=1)  # with ties
-    for row, x, y in zip(measures.spearman(a, b), a, b, strict=True):
-        assert row.item() == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
-    b[0, 3], b[1] = torch.nan, 4.0
-    assert measures.spearman(a, b)[:2].tolist() == [0, 0] and measures.spearman(a, b)[2] != 0
+    tied = torch.stack([slant, width, slant * 0]).round(decimals=1)
+    expected = scipy.stats.spearmanr(tied[0], tied[1]).statistic
+    assert measures.spearman(tied[:1], tied[1:]).tolist() == pytest.approx([expected, 0])
 
 
 def test_code_effects_are_those_of_each_code():
@@ -164,32 +134,26 @@ def test_code_effects_are_those_of_each_code():
 
 # ---------------------------------------------------------------------- faces
 
-def groups(labels):
-    sizes = [len(names) for names in faces.FACE_GROUPS.values()]
-    return dict(zip(faces.FACE_GROUPS, labels.split(sizes, 1), strict=True))
-
-
 def test_every_combination_of_attributes_comes_equally_often():
-    assert {name: len(names) for name, names in faces.FACE_GROUPS.items()} == {
-        "hair": 6, "eyes": 4, "face": 3, "glasses": 2}
-    names = faces.FACE_ATTRIBUTES
+    names, groups = faces.FACE_ATTRIBUTES, faces.FACE_GROUPS
+    assert {name: len(x) for name, x in groups.items()} == {"hair": 6, "eyes": 4, "face": 3, "glasses": 2}
     assert len(set(names)) == 15 and not any("," in name for name in names)
     assert names[0] == "blonde hair" and names[6] == "brown eyes" and names[14] == "without glasses"
     for n, least, most in ((288, 2, 2), (200, 1, 2), (100, 1, 1)):
         images, labels = faces.render(n, 4, seed=1)
         assert images.dtype == torch.uint8 and images.shape == (n, 3, 4, 4)
         assert labels.dtype == torch.int64 and set(labels.flatten().tolist()) == {0, 1}
-        assert all((group.sum(1) == 1).all() for group in groups(labels).values())
+        assert all((part.sum(1) == 1).all() for part in labels.split([6, 4, 3, 2], 1))
         counts = labels.unique(dim=0, return_counts=True)[1]
         assert len(counts) == min(n, 144) and counts.min() == least and counts.max() == most
-    assert (groups(labels)["hair"].argmax(1).diff() < 0).sum() > 20  # shuffled
+    assert (labels[:, :6].argmax(1).diff() < 0).sum() > 20  # shuffled
 
 
 def test_a_face_s_colours_and_nothing_else_tell_its_attributes():
     looks, factors = faces._sample_factors(2880, 5)
-    for group, colours in faces.FACE_COLOURS.items():
+    for part, (group, colours) in zip(looks.split([6, 4, 3, 2], 1), faces.FACE_COLOURS.items(), strict=False):
         named = torch.tensor(list(colours.values())) / 255
-        assert torch.equal(torch.cdist(factors[group], named).argmin(1), groups(looks)[group].argmax(1))
+        assert torch.equal(torch.cdist(factors[group], named).argmin(1), part.argmax(1))
     assert (factors["backdrop"] - factors["hair"]).norm(dim=1).min() > 0.15
     for name in set(factors) - set(faces.FACE_GROUPS):
         both = torch.cat([looks, factors[name].flatten(1)], 1).T

@@ -13,19 +13,16 @@ from harness.run import Run
 from tests.conftest import settings
 from tools import throughput
 
-TINY = "n_scenes=8 batch_size=4 ch=2 image_size=32 recipe=paper n_dis=2".split()
-
 
 def test_all_ways_train_for_the_same_number_of_iterations(here):
-    args = Namespace(iters=2, threads=torch.get_num_threads(), device="cpu", set=TINY)
-    options = ["--iters", "2", "--threads", "1", "--device", "cpu", "--set", *TINY]
+    tiny = "n_scenes=8 batch_size=4 ch=2 image_size=32 recipe=paper n_dis=2".split()
+    args = Namespace(iters=2, threads=torch.get_num_threads(), device="cpu", set=tiny)
+    options = ["--iters", "2", "--threads", "1", "--device", "cpu", "--set", *tiny]
     for way in throughput.WAYS:
-        if way == "usual":  # changes its process
-            assert throughput.measure("sngan_iclevr", way, here, options) > 0
-        else:
-            assert throughput.child("sngan_iclevr", way, here, args) > 0
+        n, usual = throughput.WARM_UP + 2, way == "usual"  # which changes its process
+        run, given = (throughput.measure, options) if usual else (throughput.child, args)
+        assert run("sngan_iclevr", way, here, given) > 0
         state = torch.load(here / way / "last.pt", weights_only=True)
-        n, usual = throughput.WARM_UP + 2, way == "usual"
         assert state["step"] == n and state["opt_d"]["state"][0]["step"] == 2 * n
         assert state["opt_g"]["state"][0]["step"] == n
         assert bool(state["opt_g"]["param_groups"][0]["fused"]) is not usual
