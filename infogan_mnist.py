@@ -281,10 +281,10 @@ def main(run: Run) -> None:
         with autocast(real, cfg.precision):
             fake = G(join(z, category, continuous, cfg.n_categories))
         std = cfg.noise * max(0, 1 - step / cfg.noise_iters)
+        run.log(**d_step(body, D, opt_d, instance_noise(real, std), instance_noise(fake.detach(), std), cfg))
+        noisy = instance_noise(fake, std)  # fresh noise, which D has not just been trained on
         changed = instance_noise(random_affine(fake, cfg.augment), std)
-        real, fake = instance_noise(real, std), instance_noise(fake, std)  # as D and Q are given them
-        run.log(**d_step(body, D, opt_d, real, fake.detach(), cfg))
-        run.log(**g_step(body, D, Q, opt_g, fake, changed, category, continuous, cfg))
+        run.log(**g_step(body, D, Q, opt_g, noisy, changed, category, continuous, cfg))
         ema.update(step)
 
         if run.is_due("sample"):
