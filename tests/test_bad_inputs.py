@@ -132,7 +132,7 @@ def test_mistakes_with_runs(here, refuses, trained, damage, command, message):
     ("sngan_iclevr", write("test.json", b'[["red pyramid"]]'), "unknown object"),
     ("cdcgan_iclevr", lambda f: next((f / "images").iterdir()).write_bytes(b"x"), "it should be an image"),
     ("dcgan_mnist", write("MNIST/raw/train-images-idx3-ubyte"), "MNIST's four"),
-    ("vae_celeba", nothing, "set/list_attr_celeba.txt can't be read")], ids=str)
+    ("vae_celeba", nothing, "set/list_attr_celeba.txt can't be read")])
 def test_mistakes_with_data(here, refuses, name, damage, message):
     (make_iclevr if "iclevr" in name else make_mnist)(here / "set")
     damage(here / "set")

@@ -58,7 +58,7 @@ def test_random_kills_lose_nothing(here, pytestconfig):
 @pytest.mark.parametrize("how", [signal.SIGHUP, "pipe"])
 def test_a_closed_terminal_and_a_closed_pipe_save(here, how):
     """As a closed ssh and `… | head` do. What is resumed afterwards ends with the same bits."""
-    running = subprocess.Popen(**process(NAME, *arguments(here / "r", iters=LONG, sample_every=2), cwd=here))
+    running = subprocess.Popen(**process(NAME, *arguments(here / "r", iters=5000, sample_every=2), cwd=here))
     wait_for(here / "r", "samples/step_*", running)
     if how == "pipe":
         running.stdout.close()
@@ -70,7 +70,7 @@ def test_a_closed_terminal_and_a_closed_pipe_save(here, how):
     assert (how == "pipe") != ("saving after this step; once more to stop at once" in error)
     assert f"to continue: {NAME}.py --resume {here / 'r'}\n" in error
     step = torch.load(here / "r" / "last.pt", weights_only=True)["step"]
-    assert 0 < step < LONG and rows_of(here / "r")[-1]["step"] == step
+    assert 0 < step < 5000 and rows_of(here / "r")[-1]["step"] == step
     run_here(NAME, "resume", here / "r", iters=step + 2)
     run_here(NAME, **SETTINGS | dict(iters=step + 2, sample_every=2), out="whole")
     same_runs(here / "r", here / "whole")

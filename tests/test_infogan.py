@@ -80,8 +80,8 @@ def test_noise_is_on_all_images_of_d_and_q_and_falls_to_zero(here, monkeypatch):
     monkeypatch.setattr(infogan_mnist, "instance_noise", lambda x, std: stds.append(std) or x + std)
     monkeypatch.setattr(infogan_mnist.evaluator, "finish", lambda *args, **options: {})
     run_here("infogan_mnist", iters=5, noise=8.0, noise_iters=4, augment=1.0, judge="none", sample_every=0)
-    assert stds == pytest.approx([std for std in (6, 4, 2, 0, 0) for _ in range(3)])
-    assert len(given) == 5 * 4 and all(x >= stds[3 * (i // 4)] - 1 for i, x in enumerate(given))
+    assert stds == pytest.approx([std for std in (6, 4, 2, 0, 0) for _ in range(4)])
+    assert len(given) == 5 * 4 and all(x >= stds[4 * (i // 4)] - 1 for i, x in enumerate(given))
     monkeypatch.undo()
     assert infogan_mnist.instance_noise(torch.zeros(9999), 0.5).std() == pytest.approx(0.5, abs=0.03)
 
