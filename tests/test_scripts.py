@@ -20,7 +20,6 @@ NAMES = list(TINY)
 GANS = [name for name in NAMES if name != "vae_celeba"]
 SHOWN = {name: "last" if "mnist" in name else "best" for name in NAMES}  # what pictures and summary are of
 OTHER = dict.fromkeys(NAMES, "r3gan") | {"infogan_mnist": "robust", "vae_celeba": "beta"}  # than paper
-ORDER = ["D", "opt", "real", "fake", "y", "cfg"]
 SCENES = ["test", "new_test", "real_beside_generated", "objects"]
 GRIDS = {
     "dcgan_mnist": ["samples", "real_beside_generated", "interpolation", "extrapolation"],
