@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import reading
+from common.files import UserError
 
 
 def pick_device(name: str, deterministic: bool = False) -> torch.device:
@@ -18,11 +18,14 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
     if deterministic:  # only kernels that give the same bits in each run
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with reading(f"--device {name}", "cpu, or a device that this torch and machine have"):
+    try:
         device = torch.device(name)
         if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's: a GPU for each process
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(".")[0]
+        raise UserError(f"--device {name} is not available ({reason}): use --device cpu") from None
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in matrix products
         torch.backends.cudnn.benchmark = not deterministic

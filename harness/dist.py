@@ -45,9 +45,10 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 def all_reduce_max(number: int) -> int:
     """The largest of the processes' numbers; it waits for all of them, but not for a GPU."""
+    if world_size() == 1:
+        return number
     found = torch.tensor(number)
-    if world_size() > 1:
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.item()
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -227,15 +228,15 @@ class Run:
         self.folder = self.folder or new_run_dir(self.cfg.out, "-".join(filter(None, parts)))
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         stack.enter_context(lock(self.folder))
-        if (self.folder / "best.pt").exists() and self._read("best")["step"] > self.step:
-            (self.folder / "best.pt").unlink()
-            self.best = -math.inf
         self.table = self.folder / "metrics.csv"
         if self.table.exists():
             with reading(self.table, "the table of this run: repair it"), open(self.table, newline="") as f:
                 complete = (row for row in csv.DictReader(f) if None not in row.values())
                 self.rows = [row for row in complete if int(row["step"]) <= self.step]
         before = float(self.rows[-1]["seconds"]) if self.rows else 0.0  # trained in earlier sessions
+        if (self.folder / "best.pt").exists() and self._read("best")["step"] > self.step:
+            (self.folder / "best.pt").unlink()
+            self.best = -math.inf
         (self.folder / "scores.json").unlink(missing_ok=True)
         for path in self.folder.rglob(f"{TEMPORARY}*"):  # half written when a run was killed
             path.unlink()
@@ -287,7 +288,7 @@ class Run:
         """Print a line; on a terminal, the status line is cut to its width and rewritten in place."""
         end = "\n"
         if status and sys.stdout.isatty():
-            line = f"\r{line[:os.get_terminal_size().columns - 1]}\x1b[K"
+            line = f"\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K"
             end = "" if self.step < self.cfg.iters else "\n"
         try:
             print(line, end=end, flush=True)

@@ -297,7 +297,7 @@ def test_bad_weights_and_options(refuses, folders, weights, tmp_path):
             (["--save-stats", folders[0], "no/where.npz"], "is not in an existing folder"),
             (["--save-stats", *folders], "takes a folder of images and the .npz to write"),
             ([*folders, "--batch-size", "0"], "--batch-size 0: must be at least 1"),
-            ([*folders, "--device", "cuda:99"], "--device cuda:99 can't be read ("),
+            ([*folders, "--device", "cuda:99"], "--device cuda:99 is not available ("),
             ([*folders, "--batch", "3"], "unrecognized arguments: --batch 3 (see --help)")):
         refuses(*arguments, message=message)
     (tmp_path / "hub" / "checkpoints" / fid.URL.rsplit("/", 1)[1]).write_bytes(b"something else")
