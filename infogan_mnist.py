@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -69,6 +68,7 @@ RECIPES = {
 }
 QUICK = dict(recipe="robust", iters=9000, batch_size=64, ch=32, image_size=32, eval_images=2000,
              log_every=100, sample_every=300, eval_every=3000, save_every=1000)
+COLUMNS = ["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)", "FID"]  # of the table of scores
 
 
 # ---------------------------------------------------------------------- networks
@@ -232,14 +232,25 @@ def save_pictures(generate: Callable[..., Tensor], data: Data, run: Run) -> None
                   f"{run.title}: four rows of training images, four of generated ones", k)
 
 
-def categories_of(cfg: Config, folder: Path) -> Tensor:
+def categories_of(run: Run) -> Tensor:
     """The categories [K] that scores.json matches with --digit; all of them for "any". Raises UserError."""
-    if cfg.digit == "any":
-        return torch.arange(cfg.n_categories)
-    with reading(folder / "scores.json", "the scores of this run, which --eval writes"):
-        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    if run.cfg.digit == "any":
+        return torch.arange(run.cfg.n_categories)
+    with reading(run.folder / "scores.json", "the scores of this run, which --eval writes"):
+        scores = json.loads((run.folder / "scores.json").read_text(encoding="utf-8"))
         digits, _ = match(torch.tensor(scores["last"]["shares"][0]))
-        return torch.tensor([digits.index(int(cfg.digit))])  # ValueError where none is matched with it
+        return torch.tensor([digits.index(int(run.cfg.digit))])  # ValueError where none is matched with it
+
+
+def score_codes(cfg: Config, generate: Callable, judge: evaluator.Judge, draws: int, seed: int) -> dict:
+    """Scores of the codes, (mean, std) over draws: COLUMNS and, as match takes them, "shares" [K, 10]."""
+    sizes = cfg.z_dim, cfg.n_categories, cfg.n_continuous
+    digits = partial(category_digits, generate, judge, cfg.eval_images, *sizes)
+    effects = partial(code_effects, generate, *sizes)
+    scores = evaluator.over_draws(digits, draws, seed) | evaluator.over_draws(effects, draws, seed)
+    found, _ = match(torch.tensor(scores["shares"][0]))
+    print("\ndigits of the categories:", *("none" if digit < 0 else digit for digit in found))
+    return scores
 
 
 # ---------------------------------------------------------------------- training
@@ -260,8 +271,7 @@ def main(run: Run) -> None:
     opt_d = Adam([*body.parameters(), *D.parameters()], cfg.lr_d, betas=(0.5, 0.999), fused=True)
     run.register(data, f"ch {cfg.ch}", G=G, body=body, D=D, Q=Q, ema=ema, opt_g=opt_g, opt_d=opt_d)
     scorer = evaluator.get_scorer(run, data)
-    fixed = grid_codes(cfg, torch.Generator().manual_seed(cfg.seed), 10, None)
-    allowed = categories_of(cfg, run.folder)  # all, or with --to those of --digit
+    allowed = categories_of(run)  # all, or with --to those of --digit
 
     def generate(z: Tensor, category: Tensor, continuous: Tensor) -> Tensor:
         return ema(join(z, category, continuous, cfg.n_categories))
@@ -270,9 +280,6 @@ def main(run: Run) -> None:
         category = allowed[torch.randint(len(allowed), (n,), generator=g)]
         return generate(uniform(n, cfg.z_dim, g=g), category, uniform(n, cfg.n_continuous, g=g)), None
 
-    sizes = cfg.z_dim, cfg.n_categories, cfg.n_continuous
-    digits = partial(category_digits, generate, scorer and scorer.judge, cfg.eval_images, *sizes)
-    effects = partial(code_effects, generate, *sizes)
     for step in run.steps():
         real, _ = batches(step - 1)
         z = uniform(len(real), cfg.z_dim, device=device)
@@ -288,22 +295,15 @@ def main(run: Run) -> None:
         ema.update(step)
 
         if run.is_due("sample"):
-            run.log_images(generate(*fixed), ": one category per column", nrow=cfg.n_categories)
+            codes = grid_codes(cfg, torch.Generator().manual_seed(cfg.seed), 10, None)
+            run.log_images(generate(*codes), ": one category per column", nrow=cfg.n_categories)
         if scorer and run.is_due("eval"):
-            codes = evaluator.over_draws(digits, 1, cfg.seed)
+            codes = score_codes(cfg, generate, scorer.judge, 1, cfg.seed)
             run.log_scores(**scorer.validate(sample), accuracy_code=codes["code → digit"][0])
 
-    def more() -> dict[str, tuple]:  # with other z than best.pt was chosen with
-        draws = dict(draws=cfg.eval_draws, seed=cfg.seed + 1)
-        return evaluator.over_draws(digits, **draws) | evaluator.over_draws(effects, **draws)
-
-    columns = ["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)", "FID"]
-    scores = evaluator.finish(run, data, scorer, sample, lambda: save_pictures(generate, data, run), "last",
-                              columns=columns, more=more)
-    if scores:
-        shares = torch.tensor(scores["last"]["shares"][0])
-        print("\ndigit of each category, and its share there: " + ", ".join(
-            f"{digit} {shares[k, digit]:.0%}" for k, digit in enumerate(match(shares)[0]) if digit >= 0))
+    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(generate, data, run), "last",
+                     columns=COLUMNS,  # and other z than best.pt was chosen with
+                     more=lambda: score_codes(cfg, generate, scorer.judge, cfg.eval_draws, cfg.seed + 1))
 
 
 if __name__ == "__main__":
