@@ -1,7 +1,6 @@
 """The command line, the run folder and the checkpoints, without a method."""
 import io
 import json
-import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -326,7 +325,7 @@ def test_the_first_signal_saves_and_outside_of_the_loop_it_ends_at_once(tmp_path
 def test_the_status_line_fits_the_terminal_and_its_encoding(tmp_path, monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     terminal.isatty = lambda: True
-    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((40, 24)))
+    monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(sys, "stdout", terminal)
     assert exit_status(lambda: train(new_run(tmp_path)) and print("±", flush=True)) == 0
     text = terminal.buffer.getvalue().decode()
