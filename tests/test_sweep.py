@@ -144,3 +144,13 @@ def test_the_table_has_means_over_seeds_and_speed_without_what_is_rare(tmp_path)
             ("step,seconds\n", math.nan)):
         (tmp_path / "metrics.csv").write_text(text)
         assert sweep.seconds_per_iteration(tmp_path / "metrics.csv") == pytest.approx(pace, nan_ok=True)
+
+
+def test_runs_of_a_single_row_have_means_over_seeds_but_no_pace(tmp_path):
+    jobs = [sweep.Job("dcgan_mnist", tmp_path / f"seed={seed}", []) for seed in (0, 1)]
+    for seed, job in enumerate(jobs):
+        job.folder.mkdir()
+        (job.folder / "metrics.csv").write_text("step,seconds,d_loss\n5,1.0,0.5\n")
+        (job.folder / "scores.json").write_text(json.dumps({"summary": {"TV": [seed, 0.1]}}))
+    header, *_, last = sweep.table(jobs)
+    assert header == ["run", "TV"] and last == ["all: 2 seeds", "0.5 ± 0.71"]

@@ -181,7 +181,8 @@ def table(jobs: list[Job]) -> list[list[str]]:
             row = {"": f"diverged: {(job.folder / DIVERGED).read_text().strip().removeprefix('error: ')}"}
         elif (job.folder / "scores.json").exists():
             row = json.loads((job.folder / "scores.json").read_text(encoding="utf-8"))["summary"]
-            row["s / 1,000 its"] = 1000 * seconds_per_iteration(job.folder / "metrics.csv")
+            pace = 1000 * seconds_per_iteration(job.folder / "metrics.csv")
+            row |= {"s / 1,000 its": pace} if math.isfinite(pace) else {}  # a single row has none
         rows[job.folder.name] = row
     groups = {}
     for name, row in rows.items():
