@@ -26,11 +26,12 @@ def process_group():
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     # a day, because the others wait while rank 0 scores or trains a judge
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=1))
-    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-        stack.callback(dist.destroy_process_group)  # after errors too: its threads might abort the exit
-        if rank():
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        yield
+    with open(os.devnull, "w") as nowhere:
+        try:
+            with contextlib.redirect_stdout(nowhere) if rank() else contextlib.nullcontext():
+                yield
+        finally:
+            dist.destroy_process_group()  # after errors too: its threads might abort the exit
 
 
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:

@@ -22,7 +22,7 @@ from harness.cli import NotFinite, Settings, Stopped, exit_status, parse
 from harness.device import hardware, pick_device, pick_precision, provenance
 from harness.pictures import save_curves, save_gif, save_grid
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")]
 ZERO = 1e-3  # D's loss below it is as good as zero
 SAME = 0.02  # mean standard deviation of pixels in [-1, 1] below which images are nearly the same
 SAMPLES = f"step_{'[0-9]' * 7}.png"  # other files in samples/ are not ours
@@ -35,8 +35,7 @@ def launch(main: Callable[["Run"], None], Config: type[Settings], recipes: dict,
     def call() -> None:
         with dist.process_group():
             action, cfg, folder = parse(Config, recipes, quick, main.__globals__["__doc__"], script=script)
-            with Run(cfg, script, action, folder, recipes) as run:
-                main(run)
+            main(Run(cfg, script, action, folder, recipes))
     sys.exit(exit_status(call))
 
 
@@ -48,7 +47,7 @@ class Run:
         self.cfg, self.script, self.action, self.folder = cfg, script, action, folder
         self.is_main = dist.rank() == 0
         self.step, self.best, self.means, self.row, self.rows = 0, -math.inf, {}, {}, []
-        self.looping, self.signal, self.warned, self.idle, self.writer = False, 0, set(), 0, None
+        self.signal, self.warned, self.idle, self.writer = 0, set(), 0, None
         self.started = time.monotonic()
         if action in ("sample", "eval") and dist.world_size() > 1:
             raise UserError(f"--{action} needs one process only: call it without torchrun")
@@ -68,12 +67,9 @@ class Run:
         """load(cfg, …); for --sample without the images, the metadata in the checkpoint."""
         try:
             if not self.cfg.to:
-                if not self.is_main:  # rank 0 writes the cache, the others read it
-                    dist.all_reduce_max(0)
-                data = load(self.cfg, *args)
-                if self.is_main:
-                    dist.all_reduce_max(0)
-                return data
+                data = load(self.cfg, *args) if self.is_main else None
+                dist.all_reduce_max(0)  # the others read the cache that rank 0 has written
+                return data or load(self.cfg, *args)
         except UserError as error:
             if self.action != "sample":
                 raise
@@ -144,9 +140,8 @@ class Run:
         return state
 
     def load(self, name: str, everything: bool = False) -> dict:
-        """Load NAME.pt into all registered objects (learning rates excepted) and return its contents.
-
-        A kept generator has "only" what is sampled from, which is enough unless `everything` is needed.
+        """Load NAME.pt into all registered objects (learning rates excepted) and return its contents. A kept
+        generator has "only" what is sampled from, which is enough unless `everything` is needed.
         """
         state = self._read(name)
         with reading(self.folder / f"{name}.pt", "a checkpoint of this run"):
@@ -168,7 +163,10 @@ class Run:
         with contextlib.ExitStack() as stack:
             if self.is_main:
                 self._open(stack)
-            self.looping = True
+            for number in SIGNALS:
+                if (before := signal.getsignal(number)) != signal.SIG_IGN:  # nohup's stays ignored
+                    stack.callback(signal.signal, number, before)
+                    signal.signal(number, self._stop)
             for step in range(self.step + 1, self.cfg.iters + 1):
                 self.step, self.is_best = step, False
                 yield step
@@ -182,7 +180,6 @@ class Run:
                     self.save("last")
                 if stop:
                     break
-            self.looping = False
             if self.is_main:
                 try:
                     if pictures := sorted((self.folder / "samples").glob(SAMPLES)):
@@ -305,20 +302,13 @@ class Run:
             return f"last.pt keeps the last good state: try --resume {self.folder} with a lower learning rate"
         return "There is no checkpoint yet: try a lower learning rate"
 
-    def __enter__(self):
-        """A signal stops the loop after its iteration; a second one, or one outside of the loop, at once."""
-        def stop(signum, _frame):
-            if self.signal or not self.looping:
-                raise Stopped("stopped", signum)
-            self.signal = signum
-            with contextlib.suppress(OSError):  # not print, which may be what was interrupted
-                os.write(2, b"\nsaving after this step; once more to stop at once\n")
-        self.old_handlers = {s: signal.signal(s, stop) for s in SIGNALS}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.old_handlers.items():
-            signal.signal(s, handler)
+    def _stop(self, number: int, _frame) -> None:
+        """Stop the loop after its step; a second signal stops at once."""
+        if self.signal:
+            raise Stopped("stopped", number)
+        self.signal = number
+        with contextlib.suppress(OSError):  # not print, which may be what was interrupted
+            os.write(2, b"\nsaving after this step; once more to stop at once\n")
 
 
 def recipe_of(cfg: Settings, recipes: dict[str, dict]) -> str:

@@ -75,8 +75,8 @@ def run_here(name: str, action: str = "train", folder: str | Path | None = None,
     else:
         free = FREE_ON_RESUME if action == "resume" else FREE_ON_USE
         cfg = stored_config(module.Config, Path(folder), f"{name}.py", fields, free)
-    with Run(cfg, Path(module.__file__), action, Path(folder) if folder else None, module.RECIPES) as run:
-        module.main(run)
+    run = Run(cfg, Path(module.__file__), action, Path(folder) if folder else None, module.RECIPES)
+    module.main(run)
     return run.folder
 
 

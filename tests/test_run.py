@@ -305,21 +305,31 @@ def test_dead_training_is_noticed_once(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_saves_and_outside_of_the_loop_it_ends_at_once(tmp_path, number):
-    r = new_run(tmp_path)
-    with r, pytest.raises(Stopped, match="^.'stopped', "):
-        signal.raise_signal(number)
-    with r, pytest.raises(Stopped, match="stopped at step 3; to continue: test_run.py --resume") as stopped:
+def test_the_first_signal_saves_and_the_second_ends_at_once(tmp_path, number):
+    before, r = signal.getsignal(number), new_run(tmp_path)
+    with pytest.raises(Stopped, match="stopped at step 3; to continue: test_run.py --resume") as stopped:
         for step in r.steps():
             if step == 3:
                 signal.raise_signal(number)
     assert checkpoint(r.folder)["step"] == 3 and stopped.value.args[1] == number
+    assert signal.getsignal(number) == before  # outside of the loop a signal does what it did
     r = new_run(tmp_path, "resume")
-    with r, pytest.raises(Stopped, match="^.'stopped', "):
+    with pytest.raises(Stopped, match="^.'stopped', "):
         for _ in r.steps():
-            for _ in range(2):  # the second ends at once
+            for _ in range(2):
                 signal.raise_signal(number)
     assert checkpoint(r.folder)["step"] == 3
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    """As nohup asks for."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for _ in new_run(tmp_path, iters=2).steps():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoint(tmp_path / "r")["step"] == 2
 
 
 def test_the_status_line_fits_the_terminal_and_its_encoding(tmp_path, monkeypatch):
