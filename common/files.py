@@ -92,9 +92,9 @@ def cached(path: Path, key, make: Callable[[], dict]) -> dict:
 
 @contextlib.contextmanager
 def lock(folder: Path):
-    """Hold the folder for this process; UserError if another has it. Windows lacks such locks."""
+    """Hold the folder for this process; UserError if another has it. A system without locks goes without."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, OSError):  # Windows; file systems such as Lustre
             import fcntl
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)

@@ -1,6 +1,8 @@
 """The command line, the run folder and the checkpoints, without a method."""
+import errno
 import io
 import json
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -291,6 +293,15 @@ def test_two_processes_never_train_in_one_folder(tmp_path):
     with lock(tmp_path / "r"), pytest.raises(UserError, match="r is in use: another process"):
         train(new_run(tmp_path, "resume", iters=20))
     assert train(new_run(tmp_path, "resume", iters=12)).step == 12
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_goes_without(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr("fcntl.flock", flock)
+    with lock(tmp_path), lock(tmp_path):
+        pass
 
 
 def test_dead_training_is_noticed_once(tmp_path, capsys):
