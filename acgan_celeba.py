@@ -59,7 +59,7 @@ class Config(Settings):
     gamma: float = 0.5  # rpgan: γ of R1 and R2, penalties on D's gradients at real and generated images
     clip: float = 0.01  # wgan-clip: largest absolute weight of D
     aux_weight: float = 20.0  # λ of the attributes' cross-entropy, in both losses
-    augment: float = 0.0  # mirror D's images at random, shift them by up to this share of their size; 0: no
+    augment: float = 0.0  # shift D's images at random by up to this share of their size; 0: no
     beta1: float = 0.5  # Adam's β1, from WGAN-GP (the reference report states none)
     beta2: float = 0.9  # Adam's β2, likewise
 
@@ -146,7 +146,7 @@ class Discriminator(nn.Module):
         h = x.flatten(1)  # [B, 256·ch]
         score = self.score(h if self.projection else torch.cat([h, y], 1))[:, 0]
         if self.projection:
-            score = score + (self.embed(y) * h).sum(1)
+            score = score + (self.embed(y).float() * h).sum(1)
         return score, self.attributes(h)
 
 
@@ -255,7 +255,7 @@ def save_pictures(ema: EMA, data: Data, run: Run) -> None:
                   real_above_generated(data.images[index], ema(z[:32], data.labels[index])),
                   f"{run.title}: training images, below each row generated ones with the same attributes")
     rows, what = [], "the same eight faces in each row, with one attribute set"
-    for a in range(len(data.classes)):
+    for a in range(min(len(data.classes), 40)):
         rows.append(ema(z[:8], set_attribute(y[:8], a, 1, data)))
         if not data.groups:
             what = "four faces without one attribute, then with it"
@@ -290,7 +290,7 @@ def main(run: Run) -> None:
             real, y = batches((step - 1) * cfg.n_dis + k)
             with autocast(real, cfg.precision):
                 fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
-            real, fake = (blocks.random_flip_translate(x, cfg.augment) for x in (real, fake))  # for D
+            real, fake = (blocks.random_translate(x, cfg.augment) for x in (real, fake))  # for D
             run.log(**d_step(D, opt_d, real, fake.detach(), y, cfg))
         run.log(**g_step(D, opt_g, real, fake, y, cfg))
         ema.update(step)
@@ -300,10 +300,7 @@ def main(run: Run) -> None:
         if scorer and run.is_due("eval"):
             run.log_scores(**scorer.validate(sample))
 
-    # the best possible scores, and those of a G with perfect images that ignores the attributes
-    scale = {"training images": data.random_images, "their labels shuffled": lambda n, g: (
-        data.random_images(n, g)[0], sample_attributes(data, n, g))}
-    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), references=scale)
+    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch.optim import Adam, Optimizer
 
 import evaluator
 from common import losses
-from common.blocks import EMA, autocast, init_dcgan, multi_hot, no_param_grads, random_flip_translate
+from common.blocks import EMA, autocast, init_dcgan, multi_hot, no_param_grads, random_translate
 from common.datasets import Batches, Data, label_sets, load_iclevr
 from common.files import UserError
 from harness import dist
@@ -48,7 +48,7 @@ class Config(Settings):
     data: str = "auto"  # auto (data/iclevr if it exists, else synthetic), synthetic, or the folder of i-CLEVR
     n_scenes: int = 6003  # synthetic scenes, of three images each
     eval_draws: int = 10  # draws of z averaged per score
-    labels: str = ""  # with --to: sets of objects, such as "red cube, blue sphere; gray cylinder"
+    labels: str = ""  # with --to: n images of each set: "red cube, blue sphere; gray cylinder", or test.json
     d_cond: Literal["plane", "projection"] = "plane"  # labels enter D as a label map, or by projection
     d_norm: Literal["batch", "none"] = "batch"  # D's norm
     loss: Literal["bce", "rpgan"] = "bce"  # minimax with G's non-saturating loss, or relativistic pairing
@@ -56,7 +56,7 @@ class Config(Settings):
     aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses; 0 with plane
     smooth_labels: bool = False  # D's targets: U(0.8, 1.2) for real images, U(0, 0.2) for generated ones
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
-    augment: float = 0.0  # mirror D's images at random, shift them by up to this share of their size; 0: no
+    augment: float = 0.0  # shift D's images at random by up to this share of their size; 0: no
     beta1: float = 0.5  # Adam's β1, for both networks
     beta2: float = 0.999  # Adam's β2
 
@@ -138,7 +138,7 @@ class Discriminator(nn.Module):
         h = self.layers(torch.cat([x, self.plane(y)], 1) if self.plane else x)
         score = self.last(h).flatten()
         if not self.plane:
-            score = score + (self.embed(y) * h.flatten(1)).sum(1)
+            score = score + (self.embed(y).float() * h.flatten(1)).sum(1)
         return score, self.classify(h.flatten(1)) if self.classify else None
 
 
@@ -252,7 +252,7 @@ def main(run: Run) -> None:
         real, y = batches(step - 1)
         with autocast(real, cfg.precision):
             fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
-        real, fake = (random_flip_translate(x, cfg.augment) for x in (real, fake))  # for D
+        real, fake = (random_translate(x, cfg.augment) for x in (real, fake))  # for D
         run.log(**d_step(D, opt_d, real, fake.detach(), y, cfg))
         run.log(**g_step(D, opt_g, real, fake, y, cfg))
         ema.update(step)
@@ -262,8 +262,10 @@ def main(run: Run) -> None:
         if scorer and run.is_due("eval"):
             run.log_scores(**scorer.validate(sample))
 
-    sets = label_sets(cfg.labels, data.classes) if cfg.labels else data.labels  # for --to
-    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), labels=sets)
+    y = data.labels[torch.arange(cfg.n) % len(data.labels)]  # for --to
+    if cfg.labels:
+        y = label_sets(cfg.labels, data.classes).repeat_interleave(cfg.n, 0)
+    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), labels=y)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def save_pictures(ema: EMA, data: Data, run: Run) -> None:
     fake = ema(torch.randn(100, cfg.latent_dim, generator=g)).cpu()
     save_grid(folder / "samples.png", fake, run.title, nrow=10)
     if len(data.images):
-        real, _ = data.random_images(40, g)
+        real = data.random_images(40, g)
         save_grid(folder / "real_beside_generated.png", torch.cat([real, fake[:40]]),
                   f"{run.title}: four rows of training images, four of generated ones", nrow=10)
     # z1 + i/9 (z2 - z1) for i = 0 … 9, then for i = -5 … 14
@@ -192,8 +192,7 @@ def main(run: Run) -> None:
         if scorer and run.is_due("eval"):
             run.log_scores(**scorer.validate(sample))
 
-    scores = evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), shown="last",
-                              references={"training images": data.random_images})
+    scores = evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), shown="last")
     if scores:
         print("\nshare of each digit, %")  # shows a mode collapse
         for name, row in scores.items():

@@ -1,26 +1,29 @@
 """Judges and scores: do generated images show what was requested?
 
 A judge is a classifier trained on real (or synthetic) images, whose held-out accuracy is printed with every
-score. pretrained/judges/ holds those of the synthetic sets and MNIST; for another set a script, or
-tools/train_judge.py, trains one. `--judge PATH` loads another, such as the i-CLEVR course's. "FD (judge)" is
-the Fréchet distance of a judge's features. It is not FID, which common/fid.py measures.
+score. G learns to please the judge that chooses best.pt, so another one, of another architecture, reports:
+a VGG scores scenes and faces, a ResNet-18 chooses. pretrained/judges/ holds judges of i-CLEVR, MNIST and the
+synthetic sets; for another set a script, or tools/train_judge.py, trains them. `--judge PATH` reports with
+another, such as the i-CLEVR course's. "FD (judge)" is the Fréchet distance of a judge's features. It is not
+FID, which common/fid.py measures.
 """
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.vgg import make_layers
 
-from common.blocks import multi_hot, random_flip_translate
+from common.blocks import multi_hot, random_translate
 from common.datasets import Data, to_float
 from common.fid import FeatureStats, Inception, features, frechet_distance, load_inception
-from common.files import UserError, atomic_write, reading, write_json
-from harness.cli import NotFinite
-from harness.pictures import save_images
+from common.files import NotFinite, UserError, atomic_write, reading, write_json
+from harness.pictures import names_of, save_images
 from harness.run import Run
 from synthetic.measures import count_digits
 
@@ -31,11 +34,12 @@ Sampler = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 # ---------------------------------------------------------------------- judges
-class JudgeNet(ResNet):
+class ResNet18(ResNet):
     """torchvision's ResNet-18 with sigmoid outputs: at width 64 the layout of the i-CLEVR course's evaluator.
     [B, 3, 64, 64] in [-1, 1] → probabilities [B, n_classes]. `width` (of 64) narrows every layer.
     """
-    size = 64
+    title = "ResNet-18"
+    features = 8  # before the last layer, per unit of width
 
     def __init__(self, n_classes: int, width: int = 64):
         self.width = width
@@ -49,9 +53,24 @@ class JudgeNet(ResNet):
         return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
 
 
+class VGG(nn.Sequential):
+    """Convolutions and pooling without shortcuts (Simonyan & Zisserman 2015); takes and gives the same."""
+    title = "VGG"
+    features = 4
+
+    def __init__(self, n_classes: int, width: int = 64):
+        super().__init__()
+        w = width // 4
+        layers = make_layers([w, "M", 2 * w, 2 * w, "M", 4 * w, 4 * w, "M", 8 * w, 8 * w, "M"], True)
+        self.body = nn.Sequential(layers, nn.Conv2d(8 * w, 4 * width, 4), nn.BatchNorm2d(4 * width),
+                                  nn.ReLU(), nn.Flatten())
+        self.fc = nn.Sequential(nn.Linear(4 * width, n_classes), nn.Sigmoid())
+
+
 class DigitNet(nn.Sequential):
     """A small CNN, [B, 1, 32, 32] in [-1, 1] → probabilities [B, n_classes]; `width`: of the last conv."""
-    size = 32
+    title = "digit CNN"
+    features = 2
 
     def __init__(self, n_classes: int, width: int = 64):
         def conv(i: int, o: int) -> nn.Sequential:
@@ -66,11 +85,9 @@ class DigitNet(nn.Sequential):
 @dataclass
 class Kind:
     """What a domain needs of its judge."""
-    net: type[nn.Module]
-    name: str
-    features: int  # per unit of width
-    batch: int  # batch size of its training
-    mirror: bool  # train on mirrored images too
+    nets: tuple[type[nn.Module], ...]  # the first chooses best.pt, the last reports
+    size: int  # of the images that they take
+    batch: int  # batch size of their training
     loss: Callable  # (logits, target)
     target: Callable  # (labels, data) → what the loss takes
     measure: Callable  # (probabilities, labels, groups) → scores; labels may be None
@@ -83,22 +100,20 @@ class Judge:
     """A trained classifier and what is known of it. Images are [N, C, H, W] in [-1, 1], on its device."""
     net: nn.Module
     kind: Kind
-    title: str  # "ResNet-18 of width 64, held-out accuracy 0.9872"
+    title: str  # "VGG of width 64, held-out accuracy 0.9872"
     held_out: dict[str, float] | None  # held-out scores; None for a user-supplied checkpoint
 
-    @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Probabilities [N, n_classes]."""
-        return torch.cat([self.net(to_size(part.float(), self.net.size)) for part in images.split(256)])
+        return self.with_features(images)[0]
 
+    @torch.no_grad()
     def with_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities [N, n_classes], and the features [N, D] before the last layer."""
         found = []
-        hook = self.net.fc.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-        try:
-            return self(images), torch.cat(found)
-        finally:
-            hook.remove()
+        with self.net.fc.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0])):
+            parts = [self.net(to_size(part.float(), self.kind.size)) for part in images.split(256)]
+        return torch.cat(parts), torch.cat(found)
 
     @torch.no_grad()
     def read(self, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, FeatureStats]:
@@ -119,21 +134,22 @@ class Judge:
 
 
 def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
-    """The judge that cfg.judge names: "auto" (the bundled one, else as trained_judge), "none", or a path."""
+    """The judge that reports, as cfg.judge names it: "auto" (auto_judge's), "none", or a path."""
     if cfg.judge == "none" or not data.classes:
         if getattr(cfg, "fid_weights", "auto") not in ("auto", "none"):
             raise UserError("--fid-weights: FID is measured beside a judge's scores, and there is no judge")
         if cfg.judge != "none":
             print("no judge and no scores: the images have no labels")
         return None
-    path = Path(cfg.judge)
     if cfg.judge == "auto":
-        path = BUNDLED / f"{data.name.lower().replace(' ', '-')}-{data.images.shape[-1]}.pt"
-        if not fits(path, data):
-            path = trained_judge(cfg, data, device)
-    judge = load_judge(path, data, device)
-    print(f"judge: {judge.title} ({path})")
-    return judge
+        return auto_judge(cfg, data, device, KINDS[data.domain].nets[-1])
+    return load_judge(Path(cfg.judge), data, device)
+
+
+def auto_judge(cfg, data: Data, device: torch.device, net: type[nn.Module]) -> Judge:
+    """The bundled judge of that network and this data, else one that is trained once and cached."""
+    path = BUNDLED / f"{data.name.replace(' ', '-')}-{data.images.shape[-1]}-{net.__name__}.pt".lower()
+    return load_judge(path if fits(path, data) else trained_judge(cfg, data, device, net), data, device)
 
 
 def fits(path: Path, data: Data) -> bool:
@@ -145,46 +161,52 @@ def fits(path: Path, data: Data) -> bool:
         return content["origin"] == data.fingerprint and content["classes"] == list(data.classes)
 
 
-def trained_judge(cfg, data: Data, device: torch.device) -> Path:
+def trained_judge(cfg, data: Data, device: torch.device, net: type[nn.Module]) -> Path:
     """The file of a judge of cfg.judge_width and judge_steps, trained on `data` once and cached."""
-    path = JUDGES / f"{data.domain}-{data.digest}-w{cfg.judge_width}-{cfg.judge_steps}.pt"
+    about = f"{net.__name__.lower()}-w{cfg.judge_width}-{cfg.judge_steps}"
+    path = JUDGES / f"{data.domain}-{data.digest}-{about}.pt"
     if not path.is_file():
-        print(f"training a judge of {data.name}, once: width {cfg.judge_width}, {cfg.judge_steps} steps")
+        print(f"training a judge of {data.name}, once: {about}")
         path.parent.mkdir(parents=True, exist_ok=True)  # an error before the training, not after it
-        net = train_judge(data, cfg.judge_width, cfg.judge_steps, device)
-        content = {"model": net.state_dict(), "held_out": held_out_scores(net, data), "data": data.name}
+        trained = train_judge(data, net, cfg.judge_width, cfg.judge_steps, device)
+        content = {"model": trained.state_dict(), "net": net.__name__, "data": data.name,
+                   "held_out": held_out_scores(trained, data)}
         atomic_write(path, lambda p: torch.save(content, p))
     return path
 
 
 def load_judge(path: Path, data: Data, device: torch.device) -> Judge:
-    """A judge's checkpoint, {"model": weights of the kind's network, …}, like the i-CLEVR course's."""
-    kind = KINDS[data.domain]
-    with reading(path, f"a judge: under the key 'model' the weights of a {kind.name} with fc.0 a Linear"):
+    """A judge's checkpoint, {"model": weights, "net": network …}, or the i-CLEVR course's, without "net"."""
+    nets = {net.__name__: net for net in KINDS[data.domain].nets}
+    default, *_ = nets.values()
+    with reading(path, f"a judge: under the key 'model' the weights of a {default.title} with fc.0 a Linear"):
         content = torch.load(path, map_location=device, weights_only=True)
-        state = content["model"]
+        network, state = nets[content.get("net", default.__name__)], content["model"]
         n_classes, n_features = state["fc.0.weight"].shape
     if n_classes != len(data.classes):
         raise UserError(f"--judge {path} has {n_classes} classes, the data has {len(data.classes)}: use a "
                         "judge that was trained for this data")
-    width = n_features // kind.features
-    with torch.random.fork_rng():
-        net = kind.net(n_classes, width).to(device)
-    with reading(path, f"a {kind.name}"):
+    width = n_features // network.features
+    with torch.random.fork_rng(devices=[]):
+        net = network(n_classes, width)
+    with reading(path, f"a {network.title}"):
         net.load_state_dict(state)
     held_out = content.get("held_out")
     known = f"held-out accuracy {held_out['accuracy']:.4f}" if held_out else "held-out accuracy not known"
-    return Judge(net.eval().requires_grad_(False), kind, f"{kind.name} of width {width}, {known}", held_out)
+    title = f"{network.title} of width {width}, {known}"
+    print(f"judge: {title} ({path})")
+    return Judge(net.to(device).eval().requires_grad_(False), KINDS[data.domain], title, held_out)
 
 
-def train_judge(data: Data, width: int, steps: int, device: torch.device) -> nn.Module:
-    """Train a judge on the data's training part, with AdamW, a one-cycle learning rate, and images shifted,
-    noised and, except digits, mirrored. The global random state is left alone.
+def train_judge(data: Data, network: type[nn.Module], width: int, steps: int,
+                device: torch.device) -> nn.Module:
+    """Train a judge on the data's training part, with AdamW, a one-cycle learning rate, and images shifted
+    and noised, not mirrored: it shall see where the light falls from. The global random state is left alone.
     """
     kind, (images, labels, _, _) = KINDS[data.domain], split(data)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        net = kind.net(len(data.classes), width).to(device)
+        torch.manual_seed(kind.nets.index(network))
+        net = network(len(data.classes), width).to(device)
         images, target = images.to(device), kind.target(labels, data).to(device)
         opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=2e-3, total_steps=max(steps, 10),
@@ -195,7 +217,7 @@ def train_judge(data: Data, width: int, steps: int, device: torch.device) -> nn.
             if len(order) < kind.batch:
                 order = torch.randperm(len(images)).to(device)
             i, order = order[:kind.batch], order[kind.batch:]
-            x = random_flip_translate(to_size(to_float(images[i]), net.size), 1 / 16, kind.mirror)
+            x = random_translate(to_size(to_float(images[i]), kind.size), 1 / 16)
             loss = kind.loss(net(x + 0.02 * torch.randn_like(x)), target[i])
             opt.zero_grad()
             loss.backward()
@@ -299,12 +321,12 @@ def count_attributes(probabilities: torch.Tensor, labels: torch.Tensor | None,
 
 
 KINDS = {
-    "scenes": Kind(JudgeNet, "ResNet-18", 8, 32, True, F.binary_cross_entropy_with_logits,
+    "scenes": Kind((ResNet18, VGG), 64, 32, F.binary_cross_entropy_with_logits,
                    lambda ids, data: multi_hot(ids, len(data.classes)), count_objects, 500,
                    ["accuracy test", "accuracy new_test"]),
-    "digits": Kind(DigitNet, "digit CNN", 2, 64, False, F.cross_entropy, lambda labels, _: labels,
+    "digits": Kind((DigitNet,), 32, 64, F.cross_entropy, lambda labels, _: labels,
                    count_digits, 500, ["FD (judge)", "TV", "FID"]),
-    "faces": Kind(JudgeNet, "ResNet-18", 8, 32, True, F.binary_cross_entropy_with_logits,
+    "faces": Kind((ResNet18, VGG), 64, 32, F.binary_cross_entropy_with_logits,
                   lambda labels, _: labels, count_attributes, 250,
                   ["FD (judge)", "accuracy", "exact", "FID"]),
 }
@@ -385,19 +407,23 @@ def score_fid(sample: Sampler, net: Inception, real: torch.Tensor, n: int, draws
 
 
 class Scorer:
-    """Scores a script's samples: validate() chooses best.pt by training data, test() is what is reported."""
+    """Scores a script's samples: validate() chooses best.pt by training data, test() is what is reported.
 
-    def __init__(self, cfg, data: Data, judge: Judge, inception: Inception | None):
-        self.cfg, self.data, self.judge, self.inception = cfg, data, judge, inception
+    judge: reports. chooser: the judge that chooses; None where nothing is to be chosen.
+    """
+
+    def __init__(self, cfg, data: Data, judge: Judge, chooser: Judge | None, inception: Inception | None):
+        self.cfg, self.data, self.inception = cfg, data, inception
+        self.judge, self.chooser = judge, chooser
         if data.domain == "scenes":
             self.validation, self.test_stats = {"val": validation_sets(data), **data.test_label_sets}, None
         else:
-            self.validation = judge.stats(validation_images(data))
+            self.validation = chooser and chooser.stats(validation_images(data))
             self.test_stats = judge.stats(data.test_images)
 
     def validate(self, sample: Sampler) -> dict[str, float]:
-        """What run.log_scores takes: "best", and columns of metrics.csv."""
-        cfg, judge = self.cfg, self.judge
+        """What run.log_scores takes: "best", and columns of metrics.csv, by the judge that chooses."""
+        cfg, judge = self.cfg, self.chooser
         if self.data.domain == "scenes":  # only "val" chooses: the test lists are for the curves
             found = score_sets(sample, judge, self.validation, cfg.eval_draws, cfg.seed)
             columns = {f"accuracy_{name}": found[f"accuracy {name}"][0] for name in self.validation}
@@ -418,47 +444,71 @@ class Scorer:
             found["FID"] = score_fid(sample, self.inception, self.data.test_images, **options)
         return found
 
+    def scale(self) -> dict[str, dict]:
+        """Scores of real images, {row: scores}: the distance of training images, which the judge knows, and
+        what it reads of held-out faces, compared with their own labels and with those of others.
+        """
+        data, labels = self.data, self.data.test_labels
+        if data.domain == "scenes":
+            return {}
+        rows = {"training images": self.test(lambda n, g: (data.random_images(n, g), None), fid=False)}
+        if data.domain == "faces":
+            found, _ = self.judge.read(to_float(part) for part in data.test_images.split(250))
+            for row, y in (("held-out images", labels), ("their labels shuffled", labels.roll(1, 0))):
+                rows[row] = over_draws(lambda _, y=y: count_attributes(found, y, data.groups), 1, 0)
+        return rows
+
 
 def get_scorer(run: Run, data: Data) -> Scorer | None:
     """The run's scorer; None for --sample, without labels, with --judge none, and on other ranks than 0."""
-    judge = get_judge(run.cfg, data, run.device) if run.is_main and run.action != "sample" else None
-    weights = getattr(run.cfg, "fid_weights", "none")
-    return judge and Scorer(run.cfg, data, judge, get_inception(weights, run.device))
+    cfg, device = run.cfg, run.device
+    judge = get_judge(cfg, data, device) if run.is_main and run.action != "sample" else None
+    if not judge:
+        return None
+    chooser, nets = judge, judge.kind.nets
+    if len(nets) > 1:
+        chooser = auto_judge(cfg, data, device, nets[0]) if cfg.eval_every and run.action != "eval" else None
+    return Scorer(cfg, data, judge, chooser, get_inception(getattr(cfg, "fid_weights", "none"), device))
 
 
 # ---------------------------------------------------------------------- the end of every run
 def finish(run: Run, data: Data, scorer: Scorer | None, sample: Sampler, save_pictures: Callable[[], None],
            shown: str = "best", labels: torch.Tensor | None = None, columns: list[str] | None = None,
-           references: dict[str, Sampler] | None = None, more: Callable[[], dict] = dict) -> dict[str, dict]:
+           more: Callable[[], dict] = dict, describe: Callable | None = None) -> dict[str, dict]:
     """Score last.pt and best.pt, save pictures of the one that is `shown`, report; returns all scores.
-    labels: those of single images (--to), in turn. references: samplers of real images, scored as a scale.
-    more(): further scores of the loaded checkpoint. The summary in scores.json is of the shown checkpoint.
+    more(): further scores of the loaded checkpoint. labels, describe: of single images (--to), for
+    save_images. The summary in scores.json is of the shown checkpoint.
     """
     if not run.is_main:
         return {}
     names = [name for name in ("last", "best") if (run.folder / f"{name}.pt").exists()]
     if not names:
         raise UserError(f"{run.folder} has no checkpoint yet: continue it with --resume")
-    scores = {name: scorer.test(real, fid=False) for name, real in (references or {}).items() if scorer}
+    scores = scorer.scale() if scorer else {}
     for name in sorted(names, key=lambda name: name == shown)[-2 if scorer else -1:]:  # the shown one last
         step = run.load(name)["step"]
         if scorer:
             scores[name] = {"step": step} | scorer.test(sample) | more()
     run.title += f", step {step}"
     if run.cfg.to:
-        save_images(sample, run.cfg, data.classes, labels)
+        save_images(sample, run.cfg, describe or partial(names_of, classes=data.classes), labels)
     elif run.action != "eval":
-        save_pictures()
+        try:
+            save_pictures()
+        except OSError as error:
+            raise UserError(f"{run.folder} takes no pictures ({error}): use --to FOLDER") from None
     if scorer:
-        report(run, data, scorer.judge, scores, columns or scorer.judge.kind.columns)
+        report(run, data, scorer, scores, columns or scorer.judge.kind.columns)
     return scores
 
 
-def report(run: Run, data: Data, judge: Judge, scores: dict[str, dict], columns: list[str]) -> None:
+def report(run: Run, data: Data, scorer: Scorer, scores: dict[str, dict], columns: list[str]) -> None:
     """Print the columns of scores {row: {score: (mean, std)}} as a table; write all to scores.json."""
-    cfg, images = run.cfg, ""
+    cfg, judge, images = run.cfg, scorer.judge, ""
     about = {"data": data.name, "recipe": run.recipe, "judge": judge.title, "judge_held_out": judge.held_out,
              "draws": cfg.eval_draws, "seed": run.trained_seed}
+    if scorer.chooser:
+        about["chosen_by"] = scorer.chooser.title
     if data.test_images is not None:
         about |= {"n_real": len(data.test_images), "n_fake": cfg.eval_images}
         images = f"{cfg.eval_images:,} generated and {len(data.test_images):,} held-out images, "
@@ -473,8 +523,9 @@ def report(run: Run, data: Data, judge: Judge, scores: dict[str, dict], columns:
     if "by attribute" in row:
         groups = [f"{data.classes[columns[0]]} … {data.classes[columns[-1]]}" for columns in data.groups]
         about["attributes"] = groups or list(data.classes)
-        print(f"\naccuracy of each attribute: {', '.join(scores)}")
+        found = {name: row["by attribute"][0] for name, row in scores.items() if "by attribute" in row}
+        print(f"\naccuracy of each attribute: {', '.join(found)}")
         for k, attribute in enumerate(about["attributes"]):
-            print(f"{attribute:<36}" + "".join(f"{s['by attribute'][0][k]:10.4f}" for s in scores.values()))
+            print(f"{attribute:<36}" + "".join(f"{values[k]:10.4f}" for values in found.values()))
     summary = {c: row[c] for c in columns if c in row}
     write_json(run.folder / "scores.json", about | scores | {"summary": summary})

@@ -151,8 +151,8 @@ def random_affine(images: Tensor, strength: float) -> Tensor:
     amount = strength * uniform(len(images), 1, 1, 1, device=device)
     images = images + amount.relu() * (thick - images) + (-amount).relu() * (thin - images)
     # x' = (1 ± 0.2) x ± 0.5 y ± 0.12, y' = ± 0.3 x + (1 ± 0.2) y ± 0.12, in half widths of the image
-    most = strength * torch.tensor([[0.2, 0.5, 0.12], [0.3, 0.2, 0.12]], device=device)
-    affine = torch.eye(2, 3, device=device) + most * uniform(len(images), 2, 3, device=device)
+    a, b, c, d, e, f = (strength * uniform(len(images), 6, device=device)).unbind(1)
+    affine = torch.stack([1 + 0.2 * a, 0.5 * b, 0.12 * c, 0.3 * d, 1 + 0.2 * e, 0.12 * f], 1).view(-1, 2, 3)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # black comes in from outside
 
@@ -227,19 +227,21 @@ def save_pictures(generate: Callable[..., Tensor], data: Data, run: Run) -> None
                   generate(z, torch.full((len(z),), cfg.category), continuous), nrow=21,
                   title=f"{run.title}: category {cfg.category}, code {c + 1} from -2 to 2 (trained: -1 to 1)")
     if len(data.images):
-        pair = torch.cat([data.random_images(4 * k, g)[0], generate(*grid_codes(cfg, g, 4, None)).cpu()])
+        pair = torch.cat([data.random_images(4 * k, g), generate(*grid_codes(cfg, g, 4, None)).cpu()])
         save_grid(folder / "real_beside_generated.png", pair,
                   f"{run.title}: four rows of training images, four of generated ones", k)
 
 
-def categories_of(run: Run) -> Tensor:
-    """The categories [K] that scores.json matches with --digit; all of them for "any". Raises UserError."""
-    if run.cfg.digit == "any":
-        return torch.arange(run.cfg.n_categories)
-    with reading(run.folder / "scores.json", "the scores of this run, which --eval writes"):
-        scores = json.loads((run.folder / "scores.json").read_text(encoding="utf-8"))
-        digits, _ = match(torch.tensor(scores["last"]["shares"][0]))
-        return torch.tensor([digits.index(int(run.cfg.digit))])  # ValueError where none is matched with it
+def matched_digits(run: Run) -> list[int]:
+    """The digit of each category by scores.json; -1: none. UserError where --digit is none of them."""
+    path, digits = run.folder / "scores.json", [-1] * run.cfg.n_categories
+    if run.cfg.digit != "any" or path.exists():
+        with reading(path, "the scores of this run, which --eval writes"):
+            scores = json.loads(path.read_text(encoding="utf-8"))
+            digits, _ = match(torch.tensor(scores["last"]["shares"][0]))
+    if run.cfg.digit not in ("any", *map(str, digits)):
+        raise UserError(f"--digit {run.cfg.digit}: no category of {run.folder} is this digit")
+    return digits
 
 
 def score_codes(cfg: Config, generate: Callable, judge: evaluator.Judge, draws: int, seed: int) -> dict:
@@ -256,6 +258,8 @@ def score_codes(cfg: Config, generate: Callable, judge: evaluator.Judge, draws: 
 # ---------------------------------------------------------------------- training
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
+    if cfg.deterministic and cfg.augment and device.type == "cuda":
+        raise UserError("--deterministic: grid_sample's gradient can't be on CUDA: give --augment 0, too")
     data = run.get_data(load_digits, cfg.image_size)
     batches = Batches(data, cfg.batch_size, cfg.seed, device, dist.rank(), dist.world_size())
 
@@ -271,14 +275,19 @@ def main(run: Run) -> None:
     opt_d = Adam([*body.parameters(), *D.parameters()], cfg.lr_d, betas=(0.5, 0.999), fused=True)
     run.register(data, f"ch {cfg.ch}", G=G, body=body, D=D, Q=Q, ema=ema, opt_g=opt_g, opt_d=opt_d)
     scorer = evaluator.get_scorer(run, data)
-    allowed = categories_of(run)  # all, or with --to those of --digit
+    digits = matched_digits(run) if cfg.to else [-1] * cfg.n_categories
+    allowed = torch.tensor([k for k, digit in enumerate(digits) if cfg.digit in ("any", str(digit))])
 
     def generate(z: Tensor, category: Tensor, continuous: Tensor) -> Tensor:
         return ema(join(z, category, continuous, cfg.n_categories))
 
-    def sample(n: int, g: torch.Generator) -> tuple[Tensor, None]:
+    def sample(n: int, g: torch.Generator) -> tuple[Tensor, Tensor | None]:
         category = allowed[torch.randint(len(allowed), (n,), generator=g)]
-        return generate(uniform(n, cfg.z_dim, g=g), category, uniform(n, cfg.n_continuous, g=g)), None
+        z, codes = uniform(n, cfg.z_dim, g=g), uniform(n, cfg.n_continuous, g=g)
+        return generate(z, category, codes), torch.cat([category[:, None], codes], 1) if cfg.to else None
+
+    def describe(codes: Tensor) -> list[dict]:
+        return [{"category": int(k), "digit": digits[int(k)], "codes": c} for k, *c in codes.tolist()]
 
     for step in run.steps():
         real, _ = batches(step - 1)
@@ -302,7 +311,7 @@ def main(run: Run) -> None:
             run.log_scores(**scorer.validate(sample), accuracy_code=codes["code → digit"][0])
 
     evaluator.finish(run, data, scorer, sample, lambda: save_pictures(generate, data, run), "last",
-                     columns=COLUMNS,  # and other z than best.pt was chosen with
+                     columns=COLUMNS, describe=describe,  # and other z than best.pt was chosen with
                      more=lambda: score_codes(cfg, generate, scorer.judge, cfg.eval_draws, cfg.seed + 1))
 
 

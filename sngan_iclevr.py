@@ -9,6 +9,7 @@ auxiliary classifier (Odena et al. 2017). Results, with commands and hardware: r
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -20,7 +21,7 @@ from torch.optim import Adam, Optimizer
 
 import evaluator
 from common import losses
-from common.blocks import EMA, autocast, cached_spectral_norm, no_param_grads, random_flip_translate
+from common.blocks import EMA, autocast, cached_spectral_norm, no_param_grads, random_translate
 from common.datasets import Batches, Data, label_sets, load_iclevr
 from harness import dist
 from harness.cli import Settings
@@ -43,7 +44,7 @@ class Config(Settings):
     data: str = "auto"  # auto (data/iclevr if it exists, else synthetic), synthetic, or the folder of i-CLEVR
     n_scenes: int = 6003  # synthetic scenes, of three images each
     eval_draws: int = 10  # draws of z averaged per score
-    labels: str = ""  # with --to: sets of objects, such as "red cube, blue sphere; gray cylinder"
+    labels: str = ""  # with --to: n images of each set: "red cube, blue sphere; gray cylinder", or test.json
     d_net: Literal["resnet", "cnn"] = "resnet"  # D: residual blocks, or strided convolutions
     d_norm: Literal["spectral", "none"] = "spectral"  # norm of D's weights
     label_embed: Literal["linear", "sum"] = "linear"  # how D joins an image's label vectors
@@ -53,7 +54,7 @@ class Config(Settings):
     beta1: float = 0.5  # Adam's β1, for both networks
     beta2: float = 0.999  # Adam's β2
     add_noise: bool = True  # add U(0, 1/128) to the images D is given
-    augment: float = 0.0  # mirror D's images at random, shift them by up to this share of their size; 0: no
+    augment: float = 0.0  # shift D's images at random by up to this share of their size; 0: no
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
     lr_decay_from: float = 0.0  # iteration (below 1: share of --iters) from which rates fall to 0; 0: never
 
@@ -189,11 +190,11 @@ class Discriminator(nn.Module):
         h = F.leaky_relu(h).sum((2, 3)) if self.net == "resnet" else h.flatten(1)
         y = self.embed(labels)  # [B, 3, features]
         y = self.join(y.flatten(1)) if self.join is not None else y.sum(1)
-        return self.linear(h)[:, 0] + (y * h).sum(1), self.classify(h) if self.classify else None
+        return self.linear(h)[:, 0] + (y.float() * h).sum(1), self.classify(h) if self.classify else None
 
 
 # ---------------------------------------------------------------------- one step of D, one of G
-D_LOSS = {"hinge": losses.hinge_d, "rahinge": losses.rahinge, "rpgan": losses.rpgan}
+D_LOSS = {"hinge": losses.hinge_d, "rahinge": partial(losses.rahinge, mean=dist.mean), "rpgan": losses.rpgan}
 
 
 def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
@@ -289,7 +290,7 @@ def main(run: Run) -> None:
             real, y = batches((step - 1) * cfg.n_dis + k)
             with autocast(real, cfg.precision):
                 fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
-            real, fake = (random_flip_translate(x.float(), cfg.augment) for x in (real, fake))  # for D
+            real, fake = (random_translate(x.float(), cfg.augment) for x in (real, fake))  # for D
             if cfg.add_noise:
                 real, fake = (x + torch.rand_like(x) / 128 for x in (real, fake))
             run.log(**d_step(D, opt_d, real, fake.detach(), y, cfg))
@@ -302,8 +303,10 @@ def main(run: Run) -> None:
         if scorer and run.is_due("eval"):
             run.log_scores(**scorer.validate(sample))
 
-    sets = label_sets(cfg.labels, data.classes) if cfg.labels else data.labels  # for --to
-    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), labels=sets)
+    y = data.labels[torch.arange(cfg.n) % len(data.labels)]  # for --to
+    if cfg.labels:
+        y = label_sets(cfg.labels, data.classes).repeat_interleave(cfg.n, 0)
+    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), labels=y)
 
 
 if __name__ == "__main__":

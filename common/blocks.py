@@ -1,4 +1,4 @@
-"""Shared building blocks: cached spectral norm, DCGAN initialisation, EMA, random flips and shifts."""
+"""Shared building blocks: cached spectral norm, DCGAN initialisation, EMA, random shifts."""
 import contextlib
 import copy
 
@@ -70,8 +70,8 @@ def init_dcgan(net: nn.Module) -> nn.Module:
     return net
 
 
-def random_flip_translate(x: torch.Tensor, share: float, mirror: bool = True) -> torch.Tensor:
-    """Mirror each image [B, C, H, W] at random and shift it by up to `share` of its height; 0: unchanged.
+def random_translate(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Shift each image [B, C, H, W] at random by up to `share` of its height; 0: unchanged.
 
     Shifts are of whole pixels; edges are repeated outwards. Shown such images, real and generated, D can
     hardly memorise the training images (Zhao et al. 2020).
@@ -80,8 +80,6 @@ def random_flip_translate(x: torch.Tensor, share: float, mirror: bool = True) ->
         return x
     n, _, h, w = x.shape
     most = round(share * h)
-    if mirror:
-        x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
     dy, dx = torch.randint(-most, most + 1, (2, n, 1, 1), device=x.device)
     rows = (dy + torch.arange(h, device=x.device)[:, None]).clamp(0, h - 1)
     columns = (dx + torch.arange(w, device=x.device)).clamp(0, w - 1)

@@ -2,17 +2,20 @@
 import contextlib
 import csv
 import inspect
+import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import compress, pairwise
+from mimetypes import guess_type
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unicodedata import normalize
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torchvision.datasets import MNIST, mnist, utils
 from torchvision.transforms.functional import center_crop, resize
 
@@ -35,7 +38,7 @@ class Data:
     groups: tuple[tuple[int, ...], ...] = ()  # faces: columns of which each face has exactly one
     scene: torch.Tensor | None = None  # scenes: [N]; frames of a scene share objects: split by this
     test_label_sets: dict[str, torch.Tensor] = field(default_factory=dict)  # scenes: [32, 3] each
-    fingerprint: str = ""  # of the renderer's code, or of MNIST's pixels; selects a bundled judge
+    fingerprint: str = ""  # of the renderer's code, MNIST's pixels or i-CLEVR's lists; selects bundled judges
 
     def __post_init__(self):
         n, size = len(self.images), self.images.shape[-1]
@@ -60,10 +63,9 @@ class Data:
                    stored["classes"], stored["digest"], groups=stored["groups"],
                    test_label_sets=stored["tests"])
 
-    def random_images(self, n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """n random training images in [-1, 1] with labels, scored as a reference for generated ones."""
-        index = torch.randint(len(self.images), (n,), generator=g)
-        return to_float(self.images[index]), self.labels[index]
+    def random_images(self, n: int, g: torch.Generator) -> torch.Tensor:
+        """n random training images in [-1, 1]."""
+        return to_float(self.images[torch.randint(len(self.images), (n,), generator=g)])
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -74,9 +76,16 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 def pick_source(data: str, real: str) -> str:
     """Resolve --data: "auto" is the real set's folder if it exists, else "synthetic", with a notice."""
     if data != "auto" or Path(real).is_dir():
-        return real if data == "auto" else data
+        return real if data == "auto" else existing(data)
     print(f"*** {real} does not exist: using SYNTHETIC images instead (--data PATH names the real set) ***")
     return "synthetic"
+
+
+def existing(data: str) -> str:
+    """--data, if it is "synthetic" or a folder that exists; else UserError."""
+    if data != "synthetic" and not Path(data).is_dir():
+        raise UserError(f"--data {data}: there is no such folder")
+    return data
 
 
 # ---------------------------------------------------------------------- i-CLEVR
@@ -105,7 +114,7 @@ def load_iclevr(cfg) -> Data:
     scene = np.unique([name.rsplit("_", 1)[0] for name in names], return_inverse=True)[1]
     return Data("i-CLEVR", "scenes", source, images, labels, tuple(sorted(ids, key=ids.get)),
                 digest_of(pixels, labels, *tests.values()), scene=torch.from_numpy(scene),
-                test_label_sets=tests)
+                test_label_sets=tests, fingerprint=digest_of(repr(names), labels))
 
 
 def read_iclevr_lists(folder: Path) -> tuple[dict, dict, dict]:
@@ -144,14 +153,22 @@ def pad_ids(objects: list[str], ids: dict[str, int], where: str) -> list[int]:
 
 
 def label_sets(text: str, classes: tuple[str, ...]) -> torch.Tensor:
-    """Parse "red cube, blue sphere; gray cylinder" into padded class ids [K, 3]; raises UserError."""
+    """Parse "red cube, blue sphere; gray cylinder", or read a list such as test.json, into padded class ids
+    [K, 3]; raises UserError.
+    """
     ids = {name: i for i, name in enumerate(classes)}
-    with reading(f"--labels {text!r}", 'sets of objects, such as "red cube, blue sphere; gray cylinder"'):
+    with reading(f"--labels {text!r}", 'sets of objects, such as "red cube, blue sphere; gray cylinder", or '
+                 "a file like test.json"):
         sets = [[name.strip() for name in objects.split(",")] for objects in text.split(";")]
+        if text.endswith(".json"):
+            sets = json.loads(Path(text).read_bytes())
         return torch.tensor([pad_ids(objects, ids, f"set {i}") for i, objects in enumerate(sets, 1)])
 
 
 # ---------------------------------------------------------------------- digits
+
+MNIST_DIGEST = "cee072405a73"  # of its images and labels
+
 
 def load_digits(cfg, image_size: int) -> Data:
     """MNIST, or cfg.n_synthetic synthetic digits and a sixth as many for tests; resized from 28×28.
@@ -159,7 +176,7 @@ def load_digits(cfg, image_size: int) -> Data:
     cfg.data: "mnist" (data/MNIST, downloaded if missing), a folder with MNIST/raw, raw or the four files,
     perhaps .gz or ….idx3-ubyte, "synthetic", or "auto". UserError: missing, damaged, too few, no download.
     """
-    source, n = cfg.data, cfg.n_synthetic
+    source, n, name = cfg.data, cfg.n_synthetic, "synthetic digits"
     if source == "auto":
         try:
             read_mnist(Path("data"), False, download=True)
@@ -174,12 +191,13 @@ def load_digits(cfg, image_size: int) -> Data:
         sets = [(d["images"][part], d["labels"][part]) for part in (slice(n), slice(n, None))]
         fingerprint, digest = d["key"], digest_of(d["key"], d["labels"])
     else:
-        root = Path("data" if source == "mnist" else source)
+        root = Path("data" if source == "mnist" else existing(source))
         sets = [read_mnist(root, train, download=source == "mnist") for train in (True, False)]
         fingerprint = digest = digest_of("", *(x for pair in sets for x in pair))
+        name = "MNIST" if digest == MNIST_DIGEST else root.resolve().name  # FashionMNIST has the same layout
     train, test = ((resize(images, [image_size, image_size]), labels) for images, labels in sets)
-    return Data("synthetic digits" if source == "synthetic" else "MNIST", "digits", source, *train,
-                tuple("0123456789"), f"{digest}-{image_size}", *test, fingerprint=fingerprint)
+    return Data(name, "digits", source, *train, tuple("0123456789"), f"{digest}-{image_size}", *test,
+                fingerprint=fingerprint)
 
 
 def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,6 +223,7 @@ def read_mnist(root: Path, train: bool, download: bool) -> tuple[torch.Tensor, t
 FACE_LAYOUTS = {  # attribute table: name of the set, folder of the images beside it
     "list_attr_celeba.txt": ("CelebA", "img_align_celeba"), "cartoon_attr.txt": ("cartoon faces", "images"),
     "list_attr_celeba.csv": ("CelebA", "img_align_celeba"),  # Kaggle's
+    "CelebAMask-HQ-attribute-anno.txt": ("CelebA-HQ", "CelebA-HQ-img"),
 }
 CELEBA_ATTRIBUTES = "Bangs,Black_Hair,Blond_Hair,Brown_Hair,Eyeglasses,Male,Smiling,Young"  # easy to see
 
@@ -212,10 +231,11 @@ CELEBA_ATTRIBUTES = "Bangs,Black_Hair,Blond_Hair,Brown_Hair,Eyeglasses,Male,Smil
 def load_faces(cfg, labelled: bool = True) -> Data:
     """Faces from the folder cfg.data (one of FACE_LAYOUTS), or cfg.n_synthetic synthetic ones.
 
-    labelled: must there be attributes? Else a folder of images of any kind, without a table, will do, too.
-    cfg.attributes: columns of the table, joined by commas; "": eight of CelebA's, all of another set's.
-    cfg.crop: side of the square cut out of the middle of each image; 0: the largest. cfg.skip_bad_images:
-    leave out, and count, missing and unusable ones, else UserError. A fixed tenth is held out for tests.
+    A folder without a table may hold images of anything: with `labelled`, those of each class in a subfolder,
+    so that the attributes are the classes; else anywhere, without attributes. cfg.attributes: columns of the
+    table, joined by commas; "": eight of CelebA's, all of another set's. cfg.crop: side of the square cut out
+    of the middle of each image; 0: the largest. cfg.skip_bad_images: leave out, and count, missing and
+    unusable ones, else UserError. A fixed tenth is held out for tests.
     """
     source, size, fingerprint = pick_source(cfg.data, "data/celeba"), cfg.image_size, ""
     if source == "synthetic":
@@ -227,13 +247,17 @@ def load_faces(cfg, labelled: bool = True) -> Data:
         tables = [Path(source) / name for name in FACE_LAYOUTS]
         table = next(filter(os.path.isfile, tables), tables[0])
         name, folder = FACE_LAYOUTS[table.name][0], table.parent / FACE_LAYOUTS[table.name][1]
-        known, rows = (), {} if labelled or table.is_file() else dict.fromkeys(image_names(table.parent), ())
-        if rows:
-            folder = table.parent
+        paths = [] if table.is_file() else image_names(table.parent)
+        known = tuple(sorted({path.split("/")[0] for path in paths if "/" in path})) if labelled else ()
+        if len(known) > 1 or paths and not labelled:
+            folder, rows = table.parent, dict.fromkeys(paths, [])
             name = folder.resolve().name
         else:
             known, rows = read_attributes(table)
-        columns = pick_columns(cfg.attributes or CELEBA_ATTRIBUTES * (name == "CelebA"), known, str(table))
+        columns = pick_columns(cfg.attributes or CELEBA_ATTRIBUTES * name.startswith("CelebA"), known, source)
+        if paths and labelled:  # the images of the chosen classes
+            one_hot = {known[i]: [int(i == k) for k in range(len(known))] for i in columns}
+            rows = {path: one_hot[kind] for path in paths if (kind := path.split("/")[0]) in one_hot}
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         files = sorted(rows)
         images, pixels, kept = load_images(folder, [files[i] for i in order], size, cfg.crop,
@@ -250,7 +274,7 @@ def load_faces(cfg, labelled: bool = True) -> Data:
 
 def pick_columns(attributes: str, known: tuple[str, ...], where: str, flag="--attributes") -> list[int]:
     """The columns of the names in `attributes`, joined by commas; all if it is empty."""
-    names = attributes.split(",") if attributes else known
+    names = [name.strip() for name in attributes.split(",")] if attributes else known
     unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) < len(names):
         raise UserError(f"{flag} {attributes}: {f'no {unknown[0]}' if unknown else 'a name twice'}; "
@@ -269,7 +293,8 @@ def one_of_groups(labels: torch.Tensor) -> tuple[tuple[int, ...], ...]:
 def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]:
     """Attribute names, and {file name: 0 or 1 each}."""
     with reading(table, "CelebA's table (or .csv, or cartoon_attr.txt): the number of rows, a line of names, "
-                 "and rows of a file name (used once) and 0 or 1 (or -1 and 1) for each attribute"):
+                 "and rows of a file name (used once) and 0 or 1 (or -1 and 1) for each attribute. Without a "
+                 "table, each class of images needs a folder of its own in the --data folder"):
         text, rows, values = table.read_bytes(), {}, {"0": 0, "1": 1, "-1": 0}
         lines = text.decode(json.detect_encoding(text)).rstrip().splitlines()
         kaggle = table.suffix == ".csv"  # has no row-count line, but a header for the file-name column
@@ -289,10 +314,21 @@ def read_attributes(table: Path) -> tuple[tuple[str, ...], dict[str, list[int]]]
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's reader of EPS starts a program
 
 
+def files_in(folder: Path) -> dict[str, Path]:
+    """{name: path} of the files in a folder and its subfolders; names are relative to it, and in NFC."""
+    paths = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    return {normalize("NFC", path.relative_to(folder).as_posix()): path for path in paths}
+
+
 def image_names(folder: Path) -> list[str]:
-    """The names of the images directly in a folder."""
+    """The images in a folder and its subfolders; those of kinds that can't be read here are counted."""
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-    return [path.name for path in folder.glob("[!.]*") if path.suffix.lower() in endings]
+    found = {name: p.suffix.lower() for name, p in files_in(folder).items() if not p.name.startswith(".")}
+    others = [x for x in found.values() if x not in endings and "image/" in str(guess_type(f"a{x}", False))]
+    if others:
+        kinds = ", ".join(sorted({*others}))
+        print(f"*** {folder}: left out {len(others)} images of kinds that can't be read: {kinds} ***")
+    return [name for name, ending in found.items() if ending in endings]
 
 
 class Threads(ThreadPoolExecutor):
@@ -309,14 +345,13 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
     skip_bad: leave out what is missing, unreadable or smaller than the crop, otherwise a UserError.
     Decoded once and cached beside the folder until a file in it changes.
     """
-    folder = inner if os.path.isdir(inner := folder / folder.name) else folder  # as zips may be unpacked
-    with reading(folder, "the folder of the images"):
-        stats = {entry.name: entry.stat() for entry in os.scandir(folder) if entry.is_file()}
-    if not skip_bad and (missing := [name for name in names if name not in stats]):
+    found = files_in(folder / folder.name) | files_in(folder)  # zips may be unpacked to a folder of their own
+    paths = {name: found[key] for name in names if (key := normalize("NFC", name)) in found}
+    if not skip_bad and (missing := set(names) - paths.keys()):
         raise UserError(f"{folder / min(missing)} is missing ({len(missing)} of {len(names)} images are): "
                         "unpack the set again, or remove them from the list that names them")
-    names = [name for name in names if name in stats]
-    state = [(name, stats[name].st_size, stats[name].st_mtime_ns) for name in names]
+    names = list(paths)
+    state = [(name, (s := path.stat()).st_size, s.st_mtime_ns) for name, path in paths.items()]
 
     def decode() -> dict:
         print(f"decoding {len(names):,} images of {folder} …", flush=True)
@@ -324,7 +359,7 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
 
         def one(i: int) -> None:
             with contextlib.suppress(*[UserError] * skip_bad):
-                pixels[i] = np.moveaxis(np.asarray(decode_image(folder / names[i], size, crop)), 2, 0)
+                pixels[i] = np.moveaxis(np.asarray(decode_image(paths[names[i]], size, crop)), 2, 0)
                 kept[i] = True
 
         with Threads() as pool:
@@ -338,12 +373,18 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
 
 
 def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
-    """Decode like an image viewer: apply EXIF orientation, composite alpha over white; raises UserError."""
+    """Decode like an image viewer: apply EXIF orientation and colour profile, composite alpha over white;
+    raises UserError.
+    """
     hint = "" if crop is None else f" of at least {crop or 1} pixels; leave such out with --skip-bad-images"
     with reading(path, f"an image{hint}"), Image.open(path, formats=FORMATS) as image:
         image.load()
         with contextlib.suppress(Exception):  # broken EXIF data, which viewers ignore
             ImageOps.exif_transpose(image, in_place=True)
+        with contextlib.suppress(Exception):  # no or a broken colour profile
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+            image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"),
+                                              outputMode="RGB" if image.mode == "CMYK" else None)
         if image.mode[0] in "IF":
             raise ValueError("grey of 16 bits or of floats: convert it to 8 bits")
         if image.has_transparency_data:
@@ -382,7 +423,4 @@ class Batches:
             self.order = torch.randperm(len(self.images), generator=g).to(self.images.device)
             self.epoch = epoch
         index = self.order[at * self.batch_size:(at + 1) * self.batch_size][self.share]
-        images, labels = self.images[index], self.labels[index]
-        if images.device.type != self.device.type:  # "cuda" and "cuda:0" are not equal, but alike
-            images, labels = (x.pin_memory().to(self.device, non_blocking=True) for x in (images, labels))
-        return to_float(images), labels
+        return to_float(self.images[index].to(self.device)), self.labels[index].to(self.device)

@@ -5,14 +5,14 @@ tools/fid.py compares folders of images.
 """
 import hashlib
 import io
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.linalg import eigvalsh
-from scipy.linalg.lapack import dpstrf
+from scipy.linalg import ldl, svdvals
 from torchvision.models import inception as tv
 
 from common.files import UserError, reading
@@ -72,6 +72,7 @@ def load_inception(weights: str = "auto", device: torch.device | str = "cpu") ->
         if auto and not path.exists():
             print(f"fetching the FID weights to {path} …", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(60)  # seconds; torch.hub has none
             torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)
         content = path.read_bytes()
         if not (digest := hashlib.sha256(content).hexdigest()).startswith(SHA256):
@@ -130,21 +131,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     In float64, exact to rounding below full rank too. Raises UserError if a matrix is not a covariance.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu().numpy() for a in (mu1, sigma1, mu2, sigma2))
-    # With Σ₁ = AAᵀ and Σ₂ = BBᵀ, Σ₁Σ₂ has the eigenvalues of the symmetric (AᵀB)ᵀ(AᵀB), beside zeros.
-    product = psd_factor(sigma1).T @ psd_factor(sigma2)
-    gram = product @ product.T if len(product) < product.shape[1] else product.T @ product
-    # Keep small eigenvalues (thousands add up); clamp only those that rounding made negative.
-    cross = np.sqrt(eigvalsh(gram).clip(min=0)).sum() if gram.size else 0.0
-    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * cross
-    return max(float(distance), 0.0)
+    # With Σ₁ = AAᵀ and Σ₂ = BBᵀ, the square roots of Σ₁Σ₂'s eigenvalues are AᵀB's singular values.
+    cross = svdvals(psd_root(sigma1).T @ psd_root(sigma2)).sum()
+    return max(float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * cross), 0.0)
 
 
-def psd_factor(sigma: np.ndarray) -> np.ndarray:
-    """A [D, rank] with AAᵀ = sigma, by pivoted Cholesky, which ends where only rounding noise is left."""
-    lower, pivots, rank, _ = dpstrf(sigma, lower=1)
-    root = np.empty((len(sigma), rank))
-    root[pivots - 1] = np.tril(lower)[:, :rank]
-    trace, skew = np.trace(sigma), np.abs(sigma.sum(0) - sigma.sum(1)).max()
-    if skew > 1e-6 * trace or abs((root ** 2).sum() - trace) > 1e-3 * trace:
+def psd_root(sigma: np.ndarray) -> np.ndarray:
+    """A [D, D] with AAᵀ = sigma, of any rank. Raises UserError if there is none."""
+    lower, diagonal, _ = ldl(sigma)
+    root = lower * np.sqrt(np.diag(diagonal).clip(min=0))
+    if np.abs(root @ root.T - sigma).max() > 1e-6 * np.trace(sigma):
         raise UserError("not a covariance: not symmetric, or with negative eigenvalues. Make it again")
     return root

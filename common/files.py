@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
@@ -17,12 +18,16 @@ class UserError(Exception):
     """A mistake in the user's input, in one line: what, where, what to do. Ends a script with status 2."""
 
 
+class NotFinite(Exception):
+    """A loss, a weight or an image is not finite. Ends a script with status 3."""
+
+
 @contextlib.contextmanager
 def reading(path: Path | str, expected: str):
     """Turn any error while a user's file is read into a UserError: file, reason, what it should be."""
     try:
         yield
-    except UserError:
+    except (UserError, NotFinite):
         raise
     except Exception as error:  # readers of damaged files raise all kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
@@ -40,17 +45,26 @@ def atomic_write(path: Path, write: Callable[[Path], None], previous: Path | Non
         with open(temporary, "r+b") as f:  # Windows syncs only files that are open for writing
             os.fsync(f.fileno())
         if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+            replace(path, previous)
+        replace(temporary, path)
     except RuntimeError as error:  # torch.save's
         raise OSError(f"{path} can't be written, is the disk full? ({str(error)[:80]})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def replace(path: Path, new: Path) -> None:
+    """os.replace, tried again after a second: on Windows another program may have the file open meanwhile."""
+    with contextlib.suppress(PermissionError):
+        return os.replace(path, new)
+    time.sleep(1)
+    os.replace(path, new)
+
+
 def write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
+    # names of files may be no UTF-8: such a character is written as JSON's \\udcff
+    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def load_verified(path: Path, **options) -> dict:

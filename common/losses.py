@@ -22,11 +22,11 @@ def hinge_d(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
-def rahinge(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def rahinge(first: torch.Tensor, second: torch.Tensor, mean: Callable = torch.mean) -> torch.Tensor:
     """Hinge loss of scores relative to the other kind's mean (Jolicoeur-Martineau 2018, section 4.2.1). D's
-    is rahinge(D(x), D(G(z))), G's rahinge(D(G(z)), D(x)).
+    is rahinge(D(x), D(G(z))), G's rahinge(D(G(z)), D(x)). mean: over the batch, under torchrun all of it.
     """
-    return hinge_d(first - second.mean(), second - first.mean())
+    return hinge_d(first - mean(second), second - mean(first))
 
 
 def rpgan(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -12,21 +12,18 @@ from typing import Literal, get_args
 
 import torch
 
-from common.files import UserError, reading
+from common.files import NotFinite, UserError, reading
 
 ACTIONS = {"resume": "continue", "sample": "save pictures of", "eval": "score"}
+CONTINUE = "resume the run in --out, or start it where there is none: for jobs that are requeued"
 SPANS = "iters log_every sample_every eval_every save_every".split()
 ON_DEMAND = "to n labels with_ digit".split()  # for --sample RUN --to FOLDER only
 FREE_ON_RESUME = [*SPANS, *"lr lr_g lr_d device precision deterministic data".split()]
-FREE_ON_USE = [*ON_DEMAND, *"device precision data judge seed".split(),
+FREE_ON_USE = [*ON_DEMAND, *"device precision data judge judge_width judge_steps seed".split(),
                *"eval_draws eval_images fid_weights pairs category".split()]
 LEAST = dict(batch_size=2, eval_images=2, judge_width=4, n_categories=2)  # minimum values other than 1
 BELOW = dict(ema=1, beta1=1, beta2=1, flip_labels=1)
 LARGEST = {int: 10**9, float: math.inf}  # a seed of 10¹³ would overflow
-
-
-class NotFinite(Exception):
-    """A loss or a weight is no longer a finite number. Ends a script with status 3."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -93,6 +90,7 @@ def parse(Config: type[Settings], recipes: dict[str, dict], quick: dict, descrip
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=f"a short run for two CPU cores: {quick}")
     group = parser.add_mutually_exclusive_group()
+    group.add_argument("--continue", action="store_true", help=CONTINUE)
     for action, text in ACTIONS.items():
         group.add_argument(f"--{action}", metavar="RUN", help=f"{text} the run in this folder")
     for field in sorted(dataclasses.fields(Config), key=lambda f: f.name not in Config.__annotations__):
@@ -104,16 +102,21 @@ def parse(Config: type[Settings], recipes: dict[str, dict], quick: dict, descrip
         text = f"{comments.get(field.name, '')} (default: {field.default})".replace("%", "%%")
         parser.add_argument(flag(field.name), dest=field.name, help=text, **options)
     given = vars(parser.parse_args(argv))
-    chosen = (quick if given.pop("quick", False) else {}) | given
+    given = (quick if given.pop("quick", False) else {}) | given
+    if given.pop("continue", False):
+        if not given.get("out"):
+            raise UserError("--continue needs --out FOLDER, the run to start or to resume")
+        if (Path(given["out"]) / "config.json").exists():
+            given["resume"] = given.pop("out")
     action = next((action for action in ACTIONS if action in given), "train")
     odd = [name for name in ON_DEMAND if name in given]
     if odd and not (action == "sample" and given.get("to")):
         raise UserError(f"{flag(odd[0])} is for --sample RUN --to FOLDER, single images of a run")
     if action == "train":
-        return action, Config(**recipes[chosen.get("recipe", "paper")] | chosen), None
+        return action, Config(**recipes[given.get("recipe", "paper")] | given), None
     folder = Path(given.pop(action))
-    if chosen.keys() - given.keys() - {action}:
-        raise UserError(f"--quick is for a new run; {folder} has its own settings")
+    if not folder.is_dir():
+        raise UserError(f"--{action} {folder}: there is no such folder")
     free = FREE_ON_RESUME if action == "resume" else FREE_ON_USE
     cfg = stored_config(Config, folder, script.name, given, free)
     if action == "eval" and cfg.judge == "none":
@@ -153,5 +156,5 @@ def exit_status(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return 130
     except (UserError, NotFinite, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"error: {str(error).splitlines()[0] if str(error) else 'out of memory'}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         return 3 if isinstance(error, NotFinite) else 2

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from common.files import UserError
+from harness import dist
 
 
 def pick_device(name: str, deterministic: bool = False) -> torch.device:
@@ -22,9 +23,9 @@ def pick_device(name: str, deterministic: bool = False) -> torch.device:
         device = torch.device(name)
         if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's: a GPU for each process
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split(".")[0]
+        torch.zeros(1, device=device).item()  # which a meta tensor lacks
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error)[:80].split("\n")[0]
         raise UserError(f"--device {name} is not available ({reason}): use --device cpu") from None
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in matrix products
@@ -53,9 +54,10 @@ def hardware(device: torch.device) -> str:
     return f"{gpu}{name}, {n} thread{'s' if n > 1 else ''}"
 
 
-def provenance(device: torch.device) -> dict[str, str]:
-    """Commit, hardware and torch version, on which every score depends besides the settings."""
+def provenance(device: torch.device) -> dict:
+    """Commit, hardware, torch version, number of processes: scores depend on these besides the settings."""
     git, commit = "git describe --always --dirty --abbrev=10".split(), ""
     with contextlib.suppress(OSError):
         commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit or "unknown", "hardware": hardware(device), "torch": str(torch.__version__)}
+    return {"commit": commit or "unknown", "hardware": hardware(device), "torch": str(torch.__version__),
+            "processes": dist.world_size()}

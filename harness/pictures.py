@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -16,36 +16,43 @@ from harness.cli import Settings
 
 FONT_LACKS = str.maketrans({"×": "x", "→": "to", "…": "...", "·": " ", "–": "-", "±": "+-", "−": "-"})
 OBJECT_SIZE = 11  # pixels a caption's glyph takes
+SHAPES = ("cube", "sphere", "cylinder")
 
 
 def save_grid(path: Path, images: torch.Tensor, title: str, nrow: int = 8, rows: Sequence[str] = (),
               captions: Sequence[Sequence[str]] = ()) -> Image.Image:
     """Write images [N, 1 or 3, H, W] in [-1, 1] as one PNG, nrow to a row, under a title; return it. rows: a
-    label for each row. captions: for each image the objects requested in it, such as ["red cube"], shown
-    below it as a square, a circle or a cylinder of that colour.
+    label for each row. captions: for each image the objects requested in it, shown below it: "red cube" as a
+    square, a circle or a cylinder of that colour, other names as lines of text.
     """
     images = images.detach().cpu().float().clamp(-1, 1) / 2 + 0.5
     images = F.interpolate(images, scale_factor=max(1, math.ceil(64 / images.shape[-1])))  # pixel by pixel
     tile = images.shape[-1] + 2
-    below = OBJECT_SIZE + 2 if captions else 0  # white space for captions
+    names = [name.split(" ") for objects in captions for name in objects]
+    as_text = any(len(n) != 2 or n[0] not in ImageColor.colormap or n[1] not in SHAPES for n in names)
+    lines = max(map(len, captions), default=0) if as_text else min(len(captions), 1)
+    below = (OBJECT_SIZE + 2) * lines  # white space for captions
     grid = make_grid(F.pad(images, (0, 0, 0, below), value=1.0), nrow=nrow, padding=2, pad_value=1.0)
     pixels = to_pil_image((grid * 255).round().byte())
     font = ImageFont.load_default(size=11)
     labels = [label.translate(FONT_LACKS) for label in rows]
     left = int(max(map(font.getlength, labels), default=-6)) + 6
-    lines = textwrap.wrap(title.translate(FONT_LACKS), (left + pixels.width) // 6)  # 6 pixels a character
-    top = 14 * len(lines) + 2
+    title = textwrap.wrap(title.translate(FONT_LACKS), (left + pixels.width) // 6)  # 6 pixels a character
+    top = 14 * len(title) + 2
     canvas = Image.new("RGB", (left + pixels.width, top + pixels.height), "white")
     canvas.paste(pixels, (left, top))
     pen = ImageDraw.Draw(canvas)
-    pen.multiline_text((3, 0), "\n".join(lines), "black", font, spacing=2)
+    pen.multiline_text((3, 0), "\n".join(title), "black", font, spacing=2)
     for i, label in enumerate(labels):
         pen.text((3, top + i * (tile + below) + tile // 2 - 6), label, "black", font)
     for i, objects in enumerate(captions):
         row, column = divmod(i, min(nrow, len(images)))
         x, y = left + column * tile + 2, top + row * (tile + below) + tile
         for k, name in enumerate(objects):
-            draw_object(pen, x + k * (OBJECT_SIZE + 6), y + 1, name)
+            if as_text:
+                pen.text((x, y + k * (OBJECT_SIZE + 2)), name[:tile // 6], "black", font)
+            else:
+                draw_object(pen, x + k * (OBJECT_SIZE + 6), y + 1, name)
     atomic_write(path, lambda p: canvas.save(p))
     return canvas
 
@@ -75,26 +82,26 @@ def names_of(labels: torch.Tensor, classes: Sequence[str]) -> list[list[str]]:
     return [[classes[i] for i in ids if i < len(classes)] for ids in map(torch.Tensor.tolist, sets)]
 
 
-def save_images(sample: Callable[..., tuple], cfg: Settings, classes: Sequence[str] = (),
+def save_images(sample: Callable[..., tuple], cfg: Settings, describe: Callable[[torch.Tensor], list],
                 labels: torch.Tensor | None = None) -> None:
-    """Write cfg.n PNGs to the new folder cfg.to and, if they have labels, labels.json, {file: names}.
-    sample(n, g[, labels]) → images [n, C, S, S] in [-1, 1] and their labels or None. labels [K, …] are cycled
-    through; else sample draws them.
+    """Write PNGs, numbered in order, to the new folder cfg.to, and labels.json, {file: what was requested}.
+
+    sample(n, g[, labels]) → images [n, C, S, S] in [-1, 1] and their labels or None: one image of each of
+    `labels` [N, …], or cfg.n of labels that it draws. describe(labels) → what labels.json holds of each.
     """
-    folder, names, digits = Path(cfg.to), {}, len(str(cfg.n - 1))
+    n, folder, requested = cfg.n if labels is None else len(labels), Path(cfg.to), {}
     g = torch.Generator().manual_seed(cfg.seed)
-    for part in torch.arange(cfg.n).split(100):
-        wanted = () if labels is None else (labels[part % len(labels)],)
-        images, shown = sample(len(part), g, *wanted)
+    for part in torch.arange(n).split(100):
+        images, shown = sample(len(part), g, *(() if labels is None else (labels[part],)))
         folder.mkdir(parents=True, exist_ok=True)
-        files = [f"{i:0{digits}}.png" for i in part.tolist()]
+        files = [f"{i:0{len(str(n - 1))}}.png" for i in part.tolist()]
         for file, image in zip(files, images, strict=True):
             to_pil_image(((image + 1) * 127.5).round().clamp(0, 255).byte().cpu()).save(folder / file)
         if shown is not None:
-            names |= zip(files, names_of(shown, classes), strict=True)
-    if names:
-        write_json(folder / "labels.json", names)
-    print(f"{folder}: {cfg.n:,} images")
+            requested |= zip(files, describe(shown), strict=True)
+    if requested:
+        write_json(folder / "labels.json", requested)
+    print(f"{folder}: {n:,} images")
 
 
 def save_gif(path: Path, pictures: list[Path]) -> None:

@@ -16,9 +16,18 @@ import torch
 from torchvision.transforms.functional import pil_to_tensor
 
 from common.datasets import Data
-from common.files import TEMPORARY, UserError, atomic_write, load_verified, lock, reading, write_json
+from common.files import (
+    TEMPORARY,
+    NotFinite,
+    UserError,
+    atomic_write,
+    load_verified,
+    lock,
+    reading,
+    write_json,
+)
 from harness import dist
-from harness.cli import NotFinite, Settings, Stopped, exit_status, parse
+from harness.cli import Settings, Stopped, exit_status, parse
 from harness.device import hardware, pick_device, pick_precision, provenance
 from harness.pictures import save_curves, save_gif, save_grid
 
@@ -121,10 +130,7 @@ class Run:
         if not self.is_main:
             return
         state = {key: thing.state_dict() for key, thing in self.tracked.items()}
-        for key, values in state.items():
-            moments = [x for weight in values.get("state", {}).values() for x in weight.values()]  # Adam's
-            if not all(x.isfinite().all() for x in moments or values.values() if isinstance(x, torch.Tensor)):
-                raise NotFinite(f"{key} is not finite at step {self.step}. {self._advice()}")
+        check_finite(state, f"at step {self.step}. {self._advice()}")
         state |= dict(step=self.step, best=self.best, means=self.means, data=self.data.metadata(), rng=rng,
                       config=vars(self.cfg))
         previous = self.folder / "previous.pt" if name == "last" else None
@@ -143,9 +149,12 @@ class Run:
         """Load NAME.pt into all registered objects (learning rates excepted) and return its contents. A kept
         generator has "only" what is sampled from, which is enough unless `everything` is needed.
         """
-        state = self._read(name)
-        with reading(self.folder / f"{name}.pt", "a checkpoint of this run"):
-            for key in self.tracked if everything else state.get("only", self.tracked):
+        state, path = self._read(name), self.folder / f"{name}.pt"
+        keys = self.tracked if everything else state.get("only", self.tracked)
+        with reading(path, f"a checkpoint of this run. If a network in {self.script.name} was changed since, "
+                     "start a new run"):
+            check_finite({key: state[key] for key in keys}, f"in {path}")
+            for key in keys:
                 thing = self.tracked[key]
                 if isinstance(thing, torch.optim.Optimizer):  # learning rates as config.json has them now
                     state[key]["param_groups"] = thing.state_dict()["param_groups"]
@@ -188,7 +197,7 @@ class Run:
                 except Exception as error:  # whatever is wrong with a picture or with matplotlib ends no run
                     print(f"no progress.gif or no curves.png: {type(error).__name__}: {error}")
         if self.signal:
-            command = join([self.script.name, "--resume", str(self.folder)])
+            command = join(["python", sys.argv[0], "--resume", str(self.folder)])
             raise Stopped(f"stopped at step {self.step}; to continue: {command}", self.signal)
         print(f"{self.folder}: {self.step} iterations, {time.monotonic() - self.started:.0f} s")
 
@@ -230,7 +239,9 @@ class Run:
             with reading(self.table, "the table of this run: repair it"), open(self.table, newline="") as f:
                 complete = (row for row in csv.DictReader(f) if None not in row.values())
                 self.rows = [row for row in complete if int(row["step"]) <= self.step]
-        before = float(self.rows[-1]["seconds"]) if self.rows else 0.0  # trained in earlier sessions
+        last = self.rows[-1] if self.rows else {"step": 0, "seconds": 0}
+        if int(last["step"]) <= self.step - self.cfg.log_every:
+            print(f"*** {self.table} ends at step {last['step']}: rows up to {self.step} are lost ***")
         if (self.folder / "best.pt").exists() and self._read("best")["step"] > self.step:
             (self.folder / "best.pt").unlink()
             self.best = -math.inf
@@ -240,7 +251,7 @@ class Run:
         for path in (self.folder / "samples").glob(SAMPLES):
             if int(path.stem[5:]) > self.step:
                 path.unlink()
-        self.sessions.append({"from_step": self.step, "command": join([self.script.name, *sys.argv[1:]]),
+        self.sessions.append({"from_step": self.step, "command": join(["python", *sys.argv]),
                               **provenance(self.device)})
         content = {"script": self.script.name, "config": vars(self.cfg), "sittings": self.sessions}
         write_json(self.folder / "config.json", content)
@@ -248,7 +259,7 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step)
         print(f"run: {self.folder}")
-        self.mark, self.started = (time.monotonic(), self.step), time.monotonic() - before
+        self.mark, self.started = (time.monotonic(), self.step), time.monotonic() - float(last["seconds"])
 
     def _log(self) -> None:
         """Add this step's scores and, if due, the losses' means to metrics.csv; print a status line."""
@@ -284,7 +295,7 @@ class Run:
     def _say(self, line: str, status: bool = False) -> None:
         """Print a line; on a terminal, the status line is cut to its width and rewritten in place."""
         end = "\n"
-        if status and sys.stdout.isatty():
+        if status and sys.stdout and sys.stdout.isatty():
             line = f"\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K"
             end = "" if self.step < self.cfg.iters else "\n"
         try:
@@ -309,6 +320,14 @@ class Run:
         self.signal = number
         with contextlib.suppress(OSError):  # not print, which may be what was interrupted
             os.write(2, b"\nsaving after this step; once more to stop at once\n")
+
+
+def check_finite(state: dict[str, dict], where: str) -> None:
+    """Raise NotFinite if a weight, or one of Adam's moments, in these state_dicts is not a finite number."""
+    for key, values in state.items():
+        moments = [x for weight in values.get("state", {}).values() for x in weight.values()]
+        if not all(x.isfinite().all() for x in moments or values.values() if isinstance(x, torch.Tensor)):
+            raise NotFinite(f"{key} is not finite {where}")
 
 
 def recipe_of(cfg: Settings, recipes: dict[str, dict]) -> str:

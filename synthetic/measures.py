@@ -51,7 +51,8 @@ def code_effects(make: Callable[..., torch.Tensor], z_dim: int, n_categories: in
     make(z, category, continuous) → images. On each path one code goes from -1 to 1 in `steps`; noise,
     category and the other codes are fixed. Returns means over the paths: "code 1 ~ slant", Spearman's
     correlation along the path, and "code 1: change of slant" from end to end (a correlation can be high
-    although the change is tiny); and "a code ~ slant", the strongest correlation, as signs are arbitrary.
+    although the change is tiny); and "a code ~ slant" and "~ width", absolute correlations with slant and
+    width matched one-to-one to codes so that their sum is largest (0 where no code is left).
     """
     effects = {}
     for c in range(n_continuous):
@@ -66,9 +67,17 @@ def code_effects(make: Callable[..., torch.Tensor], z_dim: int, n_categories: in
             rho = spearman(torch.arange(steps).expand(n_paths, -1), values)
             effects[f"code {c + 1} ~ {name}"] = rho.mean().item()
             effects[f"code {c + 1}: change of {name}"] = (values[:, -1] - values[:, 0]).nanmean().item()
-    for name in ("slant", "width"):
-        effects[f"a code ~ {name}"] = max(abs(effects[f"code {c + 1} ~ {name}"]) for c in range(n_continuous))
-    return effects
+    return effects | match_codes(effects, n_continuous)
+
+
+def match_codes(effects: dict[str, float], n_continuous: int) -> dict[str, float]:
+    """Match "code K ~ slant" and "code K ~ width" one-to-one, so that one code can't earn both."""
+    factors = ("slant", "width")
+    strength = torch.tensor([[abs(effects[f"code {c + 1} ~ {name}"]) for name in factors]
+                             for c in range(n_continuous)]).view(-1, 2)
+    matched = dict(zip(*linear_sum_assignment(strength.T.numpy(), maximize=True), strict=True))
+    return {f"a code ~ {name}": strength[matched[k], k].item() if k in matched else 0.0
+            for k, name in enumerate(factors)}
 
 
 def match(shares: torch.Tensor) -> tuple[list[int], float]:

@@ -144,7 +144,7 @@ def number(mean: float, std: float) -> str:
 
 def short(command: str) -> str:
     """A command without folders of this machine and without flags that change no score."""
-    command = re.sub(r"--resume \S+", "--resume RUN", command)
+    command = re.sub(r"^python (\S*/)?", "", re.sub(r"--resume \S+", "--resume RUN", command))
     return re.sub(r" --(log-every|sample-every|save-every|out) \S+", "", command)
 
 

@@ -1,7 +1,7 @@
-"""Train judges: the bundled ones, which read the synthetic sets and MNIST, or one of your own data.
+"""Train judges: the bundled ones, of the synthetic sets, MNIST and i-CLEVR, or those of your own data.
 
-    python tools/train_judge.py synthetic-scenes-64          # one of BUNDLED, after its renderer has changed
-    python tools/train_judge.py scenes --data data/iclevr    # what a script trains when it needs it; cached
+    python tools/train_judge.py synthetic-scenes-64-vgg      # one of BUNDLED, after its renderer has changed
+    python tools/train_judge.py faces --data data/celeba     # what a script trains when it needs them; cached
     python tools/train_judge.py digits --also synthetic      # also test it on another set of digits
 
 A bundled judge of a synthetic set is trained on images of one seed and scored on images of another. All other
@@ -26,20 +26,25 @@ from synthetic import digits, faces, scenes  # noqa: E402
 @dataclass
 class Spec:
     """How a bundled judge is trained."""
-    renderer: ModuleType | None  # None: MNIST
+    source: ModuleType | str  # a renderer, or --data of a real set
     size: int  # height and width of the images
     n: int  # images rendered for training; a tenth as many give the held-out scores
+    net: type
     width: int
     steps: int
 
 
 BUNDLED = {
-    "synthetic-scenes-64": Spec(scenes, 64, 20_000, 16, 24_000),
-    "synthetic-faces-64": Spec(faces, 64, 20_000, 8, 6000),
-    "synthetic-digits-32": Spec(digits, 32, 60_000, 32, 12_000),
-    "synthetic-digits-64": Spec(digits, 64, 60_000, 32, 12_000),
-    "mnist-32": Spec(None, 32, 0, 32, 12_000),
-    "mnist-64": Spec(None, 64, 0, 32, 12_000),
+    "i-clevr-64-resnet18": Spec("data/iclevr", 64, 0, evaluator.ResNet18, 16, 8000),
+    "i-clevr-64-vgg": Spec("data/iclevr", 64, 0, evaluator.VGG, 64, 8000),
+    "synthetic-scenes-64-resnet18": Spec(scenes, 64, 20_000, evaluator.ResNet18, 16, 24_000),
+    "synthetic-scenes-64-vgg": Spec(scenes, 64, 20_000, evaluator.VGG, 48, 12_000),
+    "synthetic-faces-64-resnet18": Spec(faces, 64, 20_000, evaluator.ResNet18, 8, 6000),
+    "synthetic-faces-64-vgg": Spec(faces, 64, 20_000, evaluator.VGG, 32, 6000),
+    "synthetic-digits-32-digitnet": Spec(digits, 32, 60_000, evaluator.DigitNet, 32, 12_000),
+    "synthetic-digits-64-digitnet": Spec(digits, 64, 60_000, evaluator.DigitNet, 32, 12_000),
+    "mnist-32-digitnet": Spec("mnist", 32, 0, evaluator.DigitNet, 32, 12_000),
+    "mnist-64-digitnet": Spec("mnist", 64, 0, evaluator.DigitNet, 32, 12_000),
 }
 
 
@@ -54,12 +59,12 @@ def load(domain: str, source: str, size: int, n: int = 0) -> Data:
 
 def load_fresh(spec: Spec) -> Data:
     """Load the set that a bundled judge reads; for a synthetic set, render images of two unused seeds."""
-    domain = {scenes: "scenes", faces: "faces"}.get(spec.renderer, "digits")
-    data = load(domain, "synthetic" if spec.renderer else "mnist", spec.size, n=40)
-    if spec.renderer is None:
-        return data
+    if isinstance(spec.source, str):
+        return load("digits" if spec.source == "mnist" else "scenes", spec.source, spec.size)
+    domain = spec.source.__name__.rsplit(".", 1)[1]
+    data = load(domain, "synthetic", spec.size, n=40)
     size = 28 if domain == "digits" else spec.size  # MNIST's size, resized below
-    rendered = (spec.renderer.render(n, size, seed)[:2] for seed, n in ((1, spec.n), (2, spec.n // 10)))
+    rendered = (spec.source.render(n, size, seed)[:2] for seed, n in ((1, spec.n), (2, spec.n // 10)))
     (images, labels), (test_images, test_labels) = ((resize(x, [spec.size] * 2), y) for x, y in rendered)
     if domain == "faces":
         labels, test_labels = labels.float(), test_labels.float()
@@ -71,11 +76,11 @@ def train_bundled(name: str, device: torch.device) -> None:
     """Train the bundled judge of that name and write it to pretrained/judges/, in half precision."""
     spec, path = BUNDLED[name], evaluator.BUNDLED / f"{name}.pt"
     data = load_fresh(spec)
-    net = evaluator.train_judge(data, spec.width, spec.steps, device)
+    net = evaluator.train_judge(data, spec.net, spec.width, spec.steps, device)
     half = {key: x.half() if x.is_floating_point() else x for key, x in net.state_dict().items()}
     net.load_state_dict(half)  # so that the rounded weights are scored
-    content = {"model": half, "held_out": evaluator.held_out_scores(net, data), "origin": data.fingerprint,
-               "classes": list(data.classes), "data": data.name,
+    content = {"model": half, "net": spec.net.__name__, "held_out": evaluator.held_out_scores(net, data),
+               "origin": data.fingerprint, "classes": list(data.classes), "data": data.name,
                "command": f"python tools/train_judge.py {name}", **provenance(device)}
     path.parent.mkdir(exist_ok=True)
     atomic_write(path, lambda p: torch.save(content, p))
@@ -96,14 +101,15 @@ def main() -> None:
     if args.name in BUNDLED:
         train_bundled(args.name, device)
         return
-    size = args.image_size or evaluator.KINDS[args.name].net.size
+    size = args.image_size or evaluator.KINDS[args.name].size
     if min(size, args.judge_width, args.judge_steps) < 1:
         raise UserError("--image-size, --judge-width and --judge-steps must be at least 1")
     if args.also and args.name != "digits":
         raise UserError("--also is for digits")
     data = load(args.name, args.data, size)
-    judge = evaluator.load_judge(evaluator.trained_judge(args, data, device), data, device)
-    print(", ".join(f"{k} {v:.4f}" for k, v in judge.held_out.items()))
+    for net in evaluator.KINDS[args.name].nets:
+        judge = evaluator.load_judge(evaluator.trained_judge(args, data, device, net), data, device)
+        print(", ".join(f"{k} {v:.4f}" for k, v in judge.held_out.items()))
     if args.also:
         other = load("digits", args.also, size)
         probabilities, _ = judge.read(to_float(x) for x in other.test_images.split(500))
