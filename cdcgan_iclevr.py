@@ -262,10 +262,8 @@ def main(run: Run) -> None:
         if scorer and run.is_due("eval"):
             run.log_scores(**scorer.validate(sample))
 
-    y = data.labels[torch.arange(cfg.n) % len(data.labels)]  # for --to
-    if cfg.labels:
-        y = label_sets(cfg.labels, data.classes).repeat_interleave(cfg.n, 0)
-    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), labels=y)
+    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run),
+                     labels=label_sets(cfg.labels, data, cfg.n))
 
 
 if __name__ == "__main__":

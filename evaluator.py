@@ -85,7 +85,7 @@ class DigitNet(nn.Sequential):
 @dataclass
 class Kind:
     """What a domain needs of its judge."""
-    nets: tuple[type[nn.Module], ...]  # the first chooses best.pt, the last reports
+    nets: tuple[type[nn.Module], ...]  # the last reports, another one chooses best.pt
     size: int  # of the images that they take
     batch: int  # batch size of their training
     loss: Callable  # (logits, target)
@@ -147,22 +147,20 @@ def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
 
 
 def auto_judge(cfg, data: Data, device: torch.device, net: type[nn.Module]) -> Judge:
-    """The bundled judge of that network and this data, else one that is trained once and cached."""
+    """The bundled judge of that network and this data (same renderer or pixels, same classes), else one that
+    is trained on `data` once, of cfg.judge_width and judge_steps, and cached.
+    """
     path = BUNDLED / f"{data.name.replace(' ', '-')}-{data.images.shape[-1]}-{net.__name__}.pt".lower()
-    return load_judge(path if fits(path, data) else trained_judge(cfg, data, device, net), data, device)
-
-
-def fits(path: Path, data: Data) -> bool:
-    """True if a bundled judge at `path` matches this data's classes and renderer."""
-    if not path.exists():
-        return False
-    with reading(path, "a judge. Restore it: git checkout pretrained"):
-        content = torch.load(path, weights_only=True)
-        return content["origin"] == data.fingerprint and content["classes"] == list(data.classes)
+    if path.exists():
+        with reading(path, "a judge. Restore it: git checkout pretrained"):
+            content = torch.load(path, weights_only=True)
+            if (content["origin"], content["classes"]) == (data.fingerprint, list(data.classes)):
+                return load_judge(path, data, device)
+    return load_judge(trained_judge(cfg, data, device, net), data, device)
 
 
 def trained_judge(cfg, data: Data, device: torch.device, net: type[nn.Module]) -> Path:
-    """The file of a judge of cfg.judge_width and judge_steps, trained on `data` once and cached."""
+    """The file of the judge that auto_judge trains and caches."""
     about = f"{net.__name__.lower()}-w{cfg.judge_width}-{cfg.judge_steps}"
     path = JUDGES / f"{data.domain}-{data.digest}-{about}.pt"
     if not path.is_file():
@@ -212,7 +210,7 @@ def train_judge(data: Data, network: type[nn.Module], width: int, steps: int,
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=2e-3, total_steps=max(steps, 10),
                                                        pct_start=0.2)  # which can't be 1 step
         head, net.fc = net.fc, net.fc[0]  # trained on logits
-        start, total, order = time.monotonic(), torch.zeros((), device=device), torch.randperm(0)
+        start, order = time.monotonic(), torch.randperm(0)
         for step in range(1, steps + 1):
             if len(order) < kind.batch:
                 order = torch.randperm(len(images)).to(device)
@@ -223,12 +221,9 @@ def train_judge(data: Data, network: type[nn.Module], width: int, steps: int,
             loss.backward()
             opt.step()
             schedule.step()
-            total += loss.detach()
             if step % 250 == 0 or step == steps:
                 left = (time.monotonic() - start) / step * (steps - step)
-                mean = total.item() / (step % 250 or 250)
-                print(f"judge: step {step}/{steps}  loss {mean:.4f}  {left:.0f} s left", flush=True)
-                total.zero_()
+                print(f"judge: step {step}/{steps}  loss {loss.item():.4f}  {left:.0f} s left", flush=True)
         net.fc = head
         return net.eval()
 
@@ -392,18 +387,16 @@ def get_inception(weights: str, device: torch.device) -> Inception | None:
 
 @torch.no_grad()
 def score_fid(sample: Sampler, net: Inception, real: torch.Tensor, n: int, draws: int,
-              seed: int) -> tuple[float, float]:
-    """FID of n generated images to real ones, uint8 [N, 1 or 3, S, S]: mean and std over draws of z."""
-    device = net.fc.weight.device
-
-    def once(g: torch.Generator) -> dict:
-        fake = FeatureStats(features(net, (sample(min(100, n - i), g)[0] for i in range(0, n, 100))))
-        return {"FID": distance(reference, fake)}
+              seed: int) -> dict[str, tuple]:
+    """FID of n generated images to real ones, uint8 [N, 1 or 3, S, S]: {"FID": (mean, std over draws)}."""
+    def stats(images: Iterable[torch.Tensor]) -> FeatureStats:
+        return FeatureStats(features(net, (part.to(net.fc.weight.device) for part in images)))
 
     if len(real) < 2048:
         print(f"FID of {len(real):,} real images, fewer than 2,048, is biased: compare equal numbers only")
-    reference = FeatureStats(features(net, (part.to(device) for part in real.split(100))))
-    return over_draws(once, draws, seed)["FID"]
+    reference = stats(real.split(100))
+    return over_draws(lambda g: {"FID": distance(reference, stats(
+        sample(min(100, n - i), g)[0] for i in range(0, n, 100)))}, draws, seed)
 
 
 class Scorer:
@@ -441,21 +434,19 @@ class Scorer:
         options["n"] = self.cfg.eval_images
         found = score(sample, self.judge, groups=self.data.groups, real=self.test_stats, **options)
         if self.inception and fid:
-            found["FID"] = score_fid(sample, self.inception, self.data.test_images, **options)
+            found |= score_fid(sample, self.inception, self.data.test_images, **options)
         return found
 
     def scale(self) -> dict[str, dict]:
-        """Scores of real images, {row: scores}: the distance of training images, which the judge knows, and
-        what it reads of held-out faces, compared with their own labels and with those of others.
+        """Scores of real images, {row: scores}: the distance of training images, which the judge knows; what
+        it reads of held-out faces, compared with their labels.
         """
-        data, labels = self.data, self.data.test_labels
-        if data.domain == "scenes":
+        if self.data.domain == "scenes":
             return {}
-        rows = {"training images": self.test(lambda n, g: (data.random_images(n, g), None), fid=False)}
-        if data.domain == "faces":
-            found, _ = self.judge.read(to_float(part) for part in data.test_images.split(250))
-            for row, y in (("held-out images", labels), ("their labels shuffled", labels.roll(1, 0))):
-                rows[row] = over_draws(lambda _, y=y: count_attributes(found, y, data.groups), 1, 0)
+        rows = {"training images": self.test(lambda n, g: (self.data.random_images(n, g), None), fid=False)}
+        if self.data.domain == "faces":
+            found = held_out_scores(self.judge.net, self.data)
+            rows["held-out images"] = {name: (value, 0.0) for name, value in found.items()}
         return rows
 
 
@@ -465,9 +456,10 @@ def get_scorer(run: Run, data: Data) -> Scorer | None:
     judge = get_judge(cfg, data, device) if run.is_main and run.action != "sample" else None
     if not judge:
         return None
-    chooser, nets = judge, judge.kind.nets
-    if len(nets) > 1:
-        chooser = auto_judge(cfg, data, device, nets[0]) if cfg.eval_every and run.action != "eval" else None
+    chooser, others = judge, [net for net in judge.kind.nets if net is not type(judge.net)]
+    if others:
+        chooses = cfg.eval_every and run.action != "eval"
+        chooser = auto_judge(cfg, data, device, others[0]) if chooses else None
     return Scorer(cfg, data, judge, chooser, get_inception(getattr(cfg, "fid_weights", "none"), device))
 
 
@@ -504,15 +496,13 @@ def finish(run: Run, data: Data, scorer: Scorer | None, sample: Sampler, save_pi
 
 def report(run: Run, data: Data, scorer: Scorer, scores: dict[str, dict], columns: list[str]) -> None:
     """Print the columns of scores {row: {score: (mean, std)}} as a table; write all to scores.json."""
-    cfg, judge, images = run.cfg, scorer.judge, ""
-    about = {"data": data.name, "recipe": run.recipe, "judge": judge.title, "judge_held_out": judge.held_out,
-             "draws": cfg.eval_draws, "seed": run.trained_seed}
-    if scorer.chooser:
+    about = {"data": data.name, "recipe": run.recipe.removeprefix("recipe "), "judge": scorer.judge.title,
+             "draws": run.cfg.eval_draws, "seed": run.trained_seed}
+    if scorer.chooser and scorer.chooser is not scorer.judge:
         about["chosen_by"] = scorer.chooser.title
     if data.test_images is not None:
-        about |= {"n_real": len(data.test_images), "n_fake": cfg.eval_images}
-        images = f"{cfg.eval_images:,} generated and {len(data.test_images):,} held-out images, "
-    print(f"\n{run.folder}: {data.name}, {run.recipe}, {images}{cfg.eval_draws} draws; judge: {judge.title}")
+        about |= {"n_real": len(data.test_images), "n_fake": run.cfg.eval_images}
+    print(f"\n{run.folder}: {', '.join(f'{name} {value}' for name, value in about.items())}\n")
     rows = {f"{name}.pt (step {row['step']})" if "step" in row else name: row for name, row in scores.items()}
     columns = [c for c in columns if any(c in row for row in rows.values())]
     first = max(map(len, rows)) + 2
@@ -527,5 +517,5 @@ def report(run: Run, data: Data, scorer: Scorer, scores: dict[str, dict], column
         print(f"\naccuracy of each attribute: {', '.join(found)}")
         for k, attribute in enumerate(about["attributes"]):
             print(f"{attribute:<36}" + "".join(f"{values[k]:10.4f}" for values in found.values()))
-    summary = {c: row[c] for c in columns if c in row}
-    write_json(run.folder / "scores.json", about | scores | {"summary": summary})
+    about |= {"judge_held_out": scorer.judge.held_out, "summary": {c: row[c] for c in columns if c in row}}
+    write_json(run.folder / "scores.json", about | scores)

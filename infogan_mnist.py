@@ -170,9 +170,8 @@ def d_step(body: nn.Module, D: nn.Module, opt: Optimizer, real: Tensor, fake: Te
     return dict(d_loss=loss, d_real=score_real.sigmoid().mean(), d_fake=score_fake.sigmoid().mean())
 
 
-def g_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: Optimizer, fake: Tensor,
-           changed: Tensor, category: Tensor, continuous: Tensor,
-           cfg: Config) -> dict:
+def g_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: Optimizer, fake: Tensor, changed: Tensor,
+           category: Tensor, continuous: Tensor, cfg: Config) -> dict:
     """Update G and Q's head by images fake = G(codes), still attached to G; only D's step trains the body.
     Q reads the category from `changed`, the same images after random_affine. Reads cfg.q_weight, augment,
     precision.
@@ -249,10 +248,7 @@ def score_codes(cfg: Config, generate: Callable, judge: evaluator.Judge, draws: 
     sizes = cfg.z_dim, cfg.n_categories, cfg.n_continuous
     digits = partial(category_digits, generate, judge, cfg.eval_images, *sizes)
     effects = partial(code_effects, generate, *sizes)
-    scores = evaluator.over_draws(digits, draws, seed) | evaluator.over_draws(effects, draws, seed)
-    found, _ = match(torch.tensor(scores["shares"][0]))
-    print("\ndigits of the categories:", *("none" if digit < 0 else digit for digit in found))
-    return scores
+    return evaluator.over_draws(digits, draws, seed) | evaluator.over_draws(effects, draws, seed)
 
 
 # ---------------------------------------------------------------------- training

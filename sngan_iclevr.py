@@ -229,12 +229,12 @@ def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     aux = real.new_zeros(())
     with no_param_grads(D), cached_spectral_norm(D), autocast(real, cfg.precision):
         score, logits = D(fake, y)
-        score_real = D(real, y)[0] if cfg.loss != "hinge" else None
+        if cfg.loss == "hinge":  # -E[D(G(z))] (Miyato et al. 2018, eq. 17)
+            loss = -score.float().mean()
+        else:
+            loss = D_LOSS[cfg.loss](score.float(), D(real, y)[0].float())
     if cfg.aux_weight:
         aux = losses.aux_classification_loss(logits, y)
-    # G's hinge loss is -E[D(G(z))] (Miyato et al. 2018, eq. 17)
-    score = score.float()
-    loss = -score.mean() if cfg.loss == "hinge" else D_LOSS[cfg.loss](score, score_real.float())
     loss = loss + cfg.aux_weight * aux
     opt.zero_grad()
     loss.backward()
@@ -303,10 +303,8 @@ def main(run: Run) -> None:
         if scorer and run.is_due("eval"):
             run.log_scores(**scorer.validate(sample))
 
-    y = data.labels[torch.arange(cfg.n) % len(data.labels)]  # for --to
-    if cfg.labels:
-        y = label_sets(cfg.labels, data.classes).repeat_interleave(cfg.n, 0)
-    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run), labels=y)
+    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run),
+                     labels=label_sets(cfg.labels, data, cfg.n))
 
 
 if __name__ == "__main__":

@@ -152,17 +152,20 @@ def pad_ids(objects: list[str], ids: dict[str, int], where: str) -> list[int]:
     return sorted(ids[o] for o in objects) + [len(ids)] * (3 - len(objects))
 
 
-def label_sets(text: str, classes: tuple[str, ...]) -> torch.Tensor:
-    """Parse "red cube, blue sphere; gray cylinder", or read a list such as test.json, into padded class ids
-    [K, 3]; raises UserError.
+def label_sets(text: str, data: Data, n: int) -> torch.Tensor:
+    """Padded class ids [N, 3] of images to generate: n of each set in `text`, such as "red cube, blue sphere;
+    gray cylinder", or in the file it names, such as test.json; n of training images if it is empty.
     """
-    ids = {name: i for i, name in enumerate(classes)}
-    with reading(f"--labels {text!r}", 'sets of objects, such as "red cube, blue sphere; gray cylinder", or '
+    if not text:
+        return data.labels[torch.arange(n) % len(data.labels)]
+    ids = {name: i for i, name in enumerate(data.classes)}
+    with reading(f"--labels {text!r}", "sets of objects, such as 'red cube, blue sphere; gray cylinder', or "
                  "a file like test.json"):
         sets = [[name.strip() for name in objects.split(",")] for objects in text.split(";")]
         if text.endswith(".json"):
             sets = json.loads(Path(text).read_bytes())
-        return torch.tensor([pad_ids(objects, ids, f"set {i}") for i, objects in enumerate(sets, 1)])
+        sets = [pad_ids(objects, ids, f"set {i}") for i, objects in enumerate(sets, 1)]
+        return torch.tensor(sets).repeat_interleave(n, 0)
 
 
 # ---------------------------------------------------------------------- digits

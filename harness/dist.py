@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_reduce
 
 
 def rank() -> int:
@@ -44,23 +45,9 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
             p.grad.copy_(mean.view_as(p))
 
 
-class _Mean(torch.autograd.Function):
-    """The mean of the processes' values, and of their gradients."""
-
-    @staticmethod
-    def forward(_, x: torch.Tensor) -> torch.Tensor:
-        x = x / world_size()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(_, gradient: torch.Tensor) -> torch.Tensor:
-        return _Mean.forward(_, gradient)
-
-
 def mean(x: torch.Tensor) -> torch.Tensor:
     """The mean of x over all processes, with its gradient."""
-    return _Mean.apply(x.mean()) if world_size() > 1 else x.mean()
+    return all_reduce(x.mean()) / world_size() if world_size() > 1 else x.mean()
 
 
 def all_reduce_max(number: int) -> int:

@@ -32,8 +32,7 @@ from harness.device import hardware, pick_device, pick_precision, provenance
 from harness.pictures import save_curves, save_gif, save_grid
 
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")]
-ZERO = 1e-3  # D's loss below it is as good as zero
-SAME = 0.02  # mean standard deviation of pixels in [-1, 1] below which images are nearly the same
+ADVICE = "resume from the last checkpoint, or start anew, with a lower learning rate"
 SAMPLES = f"step_{'[0-9]' * 7}.png"  # other files in samples/ are not ours
 
 
@@ -56,7 +55,7 @@ class Run:
         self.cfg, self.script, self.action, self.folder = cfg, script, action, folder
         self.is_main = dist.rank() == 0
         self.step, self.best, self.means, self.row, self.rows = 0, -math.inf, {}, {}, []
-        self.signal, self.warned, self.idle, self.writer = 0, set(), 0, None
+        self.signal, self.writer = 0, None
         self.started = time.monotonic()
         if action in ("sample", "eval") and dist.world_size() > 1:
             raise UserError(f"--{action} needs one process only: call it without torchrun")
@@ -130,7 +129,7 @@ class Run:
         if not self.is_main:
             return
         state = {key: thing.state_dict() for key, thing in self.tracked.items()}
-        check_finite(state, f"at step {self.step}. {self._advice()}")
+        check_finite(state, f"at step {self.step}: {ADVICE}")
         state |= dict(step=self.step, best=self.best, means=self.means, data=self.data.metadata(), rng=rng,
                       config=vars(self.cfg))
         previous = self.folder / "previous.pt" if name == "last" else None
@@ -220,8 +219,6 @@ class Run:
 
     def log_images(self, images: torch.Tensor, what: str = "", **grid) -> None:
         """Write samples/step_0000500.png of what save_grid takes; `what` ends its title."""
-        if len(images) > 1 and images.std(0).mean() < SAME:
-            self._warn("the generated images hardly differ from one another: G may have collapsed")
         path = self.folder / "samples" / f"step_{self.step:07}.png"
         picture = save_grid(path, images, f"{self.title}, step {self.step}{what}", **grid)
         if self.writer:
@@ -273,9 +270,6 @@ class Run:
             shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
             pace = f"{rate:.2f} it/s  {left // 60}:{left % 60:02} left"
             self._say(f"step {self.step}/{self.cfg.iters}  {pace}  {shown}", status=True)
-            self.idle = self.idle + 1 if abs(means.get("d_loss", 1)) < ZERO else 0
-            if self.idle == 10:
-                self._warn("D's loss has been zero for ten rows of metrics.csv: G may no longer learn")
         found, self.row = means | self.row, {}
         self.rows.append({"step": self.step, "seconds": round(time.monotonic() - self.started, 3)}
                          | {name: f"{value:.6g}" for name, value in found.items()})
@@ -290,7 +284,7 @@ class Run:
             if self.writer:
                 self.writer.add_scalar(name, value, self.step)
             if not math.isfinite(value):
-                raise NotFinite(f"{name} is {value} at step {self.step}. {self._advice()}")
+                raise NotFinite(f"{name} is {value} at step {self.step}: {ADVICE}")
 
     def _say(self, line: str, status: bool = False) -> None:
         """Print a line; on a terminal, the status line is cut to its width and rewritten in place."""
@@ -302,16 +296,6 @@ class Run:
             print(line, end=end, flush=True)
         except BrokenPipeError:  # stdout's reader has exited: stop, but only after the state is saved
             self.signal = self.signal or 13  # SIGPIPE
-
-    def _warn(self, what: str) -> None:
-        if what not in self.warned:  # once
-            self.warned.add(what)
-            self._say(f"\n*** step {self.step}: {what} ***")
-
-    def _advice(self) -> str:
-        if (self.folder / "last.pt").exists():
-            return f"last.pt keeps the last good state: try --resume {self.folder} with a lower learning rate"
-        return "There is no checkpoint yet: try a lower learning rate"
 
     def _stop(self, number: int, _frame) -> None:
         """Stop the loop after its step; a second signal stops at once."""

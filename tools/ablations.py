@@ -124,7 +124,7 @@ def scores(args, row: str, seed: int) -> dict[str, float] | None:
             def sample(n: int, g: torch.Generator, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 return G(torch.randn(n, cfg.z_dim, generator=g).to(device), y.to(device)), y
             judge = evaluator.get_judge(cfg, data, device)
-            write_json(path, evaluator.Scorer(cfg, data, judge, None).test(sample))
+            write_json(path, evaluator.Scorer(cfg, data, judge, None, None).test(sample))
         kept = json.loads(path.read_text(encoding="utf-8"))
     return {test: kept[f"accuracy {test}"][0] for test in ("test", "new_test")}
 

@@ -7,6 +7,7 @@ The sample grid is kept as results/figures/KEPT_AS.png; --grids names more of th
 folder of tools/sweep.py or tools/ablations.py is kept as one record, with one picture: a strip of each run.
 With --generator only the generator is kept, in pretrained/generators/KEPT_AS, for --sample and --eval.
 """
+import csv
 import json
 import math
 import re
@@ -56,12 +57,16 @@ def figures(folder: Path) -> dict:
     """What is kept of a run: config, scores, seconds."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    last_row = (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
+    with open(folder / "metrics.csv", newline="") as f:
+        rows = {int(row["step"]): row for row in csv.DictReader(f)}
+    last_row, shown = rows[max(rows)], scores.get("best", scores["last"])["step"]
     pace = seconds_per_iteration(folder / "metrics.csv")
     sessions = [session | {"command": short(session["command"])} for session in config["sittings"]]
     return {"script": config["script"], "command": sessions[0]["command"],
-            "seconds": round(float(last_row[1])), "iterations": int(last_row[0]),
+            "seconds": round(float(last_row["seconds"])), "iterations": max(rows),
             "seconds_per_1000_iterations": round(1000 * pace, 1), "scores": scores,
+            "by_chooser": {name.replace("_", " ", 1): float(value) for name, value in rows[shown].items()
+                           if name in ("accuracy_test", "accuracy_new_test", "accuracy") and value},
             "sittings": sessions, "config": config["config"] | {"out": ""}}  # a path of this machine
 
 
@@ -182,12 +187,28 @@ def run_table(runs: dict[str, dict]) -> str:
     return table("run, data, recipe, judge, scores, of iteration, time and hardware".split(", "), rows)
 
 
+def judge_table(kept: dict[str, dict]) -> str:
+    """What the judge that reports and the one that chose best.pt read of the same checkpoint."""
+    runs = {name: run for name, k in kept.items() if "scores" in k for run in [k]}
+    runs |= {f"{name}, {key}": run for name, k in kept.items() for key, run in k.get("runs", {}).items()}
+    rows = []
+    for name, run in runs.items():
+        scores, chosen = run["scores"], run.get("by_chooser", {})
+        if "chosen_by" in scores and chosen:
+            reported = {key: value for key, value in scores["summary"].items() if key in chosen}
+            values = ", ".join(f"{key} {value:.3f}" for key, value in chosen.items())
+            rows.append([name, scores_of(reported), scores["judge"], values, scores["chosen_by"]])
+    return table(["run", "reported", "by the judge", "the chooser's figure", "by the judge"], rows)
+
+
 def script_table(kept: dict[str, dict]) -> str:
     """README's table: a row for each script."""
     rows = []
     for script, method, name, flags, paper, report in SCRIPTS:
         runs, here = list(kept[name].get("runs", {"": kept[name]}).values()), "not run"
         run, seeds = runs[0], f"{len(runs)} seeds" if runs[1:] else "one seed"
+        if script not in DIGITS and "chosen_by" not in run["scores"]:
+            seeds += ", by the judge that chose the checkpoint"
         size, summary = run["config"].get("image_size", 32), run["scores"]["summary"]
         if runs[1:]:
             values = {column: [k["scores"]["summary"][column][0] for k in runs] for column in summary}
@@ -226,7 +247,7 @@ def pages() -> dict[Path, str]:
     texts = {RESULTS / "runs.md": ABOUT + "".join(f"\n## {name}\n\n{text}\n" for name, text in found.items())}
     for path in (ROOT / "README.md", RESULTS / "README.md"):
         texts[path] = path.read_text(encoding="utf-8")
-        for name, text in (found | {"scripts": script_table(kept)}).items():
+        for name, text in (found | {"scripts": script_table(kept), "judges": judge_table(kept)}).items():
             before, marker, rest = texts[path].partition(f"<!-- {name} -->\n")
             if marker:
                 texts[path] = before + marker + text + "\n" + END + rest.split(END, 1)[1]
