@@ -53,7 +53,8 @@ class Data:
         some = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))[:10_000]
         return dict(name=self.name, kind=self.domain, source=self.source, classes=self.classes,
                     digest=self.digest, groups=self.groups, tests=self.test_label_sets,
-                    labels=self.labels[some].byte(), images=self.images.new_empty(0, *self.images.shape[1:]))
+                    fingerprint=self.fingerprint, labels=self.labels[some].byte(),
+                    images=self.images.new_empty(0, *self.images.shape[1:]))
 
     @classmethod
     def from_metadata(cls, stored: dict) -> "Data":
@@ -61,7 +62,7 @@ class Data:
         labels = stored["labels"].to(torch.float32 if stored["kind"] == "faces" else torch.int64)
         return cls(stored["name"], stored["kind"], stored["source"], stored["images"], labels,
                    stored["classes"], stored["digest"], groups=stored["groups"],
-                   test_label_sets=stored["tests"])
+                   test_label_sets=stored["tests"], fingerprint=stored.get("fingerprint", ""))
 
     def random_images(self, n: int, g: torch.Generator) -> torch.Tensor:
         """n random training images in [-1, 1]."""

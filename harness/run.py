@@ -72,18 +72,24 @@ class Run:
         print(f"device: {self.device} ({hardware(self.device)}), {cfg.precision}")
 
     def get_data(self, load: Callable[..., Data], *args) -> Data:
-        """load(cfg, …); for --sample without the images, the metadata in the checkpoint."""
+        """load(cfg, …); for --sample, and to score scenes, the metadata in the checkpoint will do."""
+        problem = None
         try:
             if not self.cfg.to:
                 data = load(self.cfg, *args) if self.is_main else None
                 dist.all_reduce_max(0)  # the others read the cache that rank 0 has written
                 return data or load(self.cfg, *args)
         except UserError as error:
-            if self.action != "sample":
-                raise
-            print(f"*** {error} ***\n*** so there will be no real images in the pictures ***")
+            problem = error
+        if problem and self.action not in ("sample", "eval"):
+            raise problem
         name = next((n for n in ("best", "last") if (self.folder / f"{n}.pt").exists()), "last")
-        return Data.from_metadata(self._read(name)["data"])
+        data = Data.from_metadata(self._read(name)["data"])
+        if problem and self.action == "eval" and data.domain != "scenes":
+            raise problem
+        if problem:
+            print(f"*** {problem} ***\n*** going on without the images ***")
+        return data
 
     def register(self, data: Data, *parts: str, **tracked) -> None:
         """Name what a checkpoint holds: objects with a state_dict. When resuming, load the newest into them,
