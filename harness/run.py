@@ -200,7 +200,7 @@ class Run:
                         save_gif(self.folder / "progress.gif", pictures)
                     save_curves(self.rows, self.folder / "curves.png", self.title)
                 except Exception as error:  # whatever is wrong with a picture or with matplotlib ends no run
-                    print(f"no progress.gif or no curves.png: {type(error).__name__}: {error}")
+                    print(f"no progress.gif or no curves.png: {type(error).__name__}: {str(error)[:80]!r}")
         if self.signal:
             command = join(["python", sys.argv[0], "--resume", str(self.folder)])
             raise Stopped(f"stopped at step {self.step}; to continue: {command}", self.signal)
@@ -275,7 +275,7 @@ class Run:
             left = round((self.cfg.iters - self.step) / rate)
             shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
             pace = f"{rate:.2f} it/s  {left // 60}:{left % 60:02} left"
-            self._say(f"step {self.step}/{self.cfg.iters}  {pace}  {shown}", status=True)
+            self._say(f"step {self.step}/{self.cfg.iters}  {pace}  {shown}")
         found, self.row = means | self.row, {}
         self.rows.append({"step": self.step, "seconds": round(time.monotonic() - self.started, 3)}
                          | {name: f"{value:.6g}" for name, value in found.items()})
@@ -292,10 +292,10 @@ class Run:
             if not math.isfinite(value):
                 raise NotFinite(f"{name} is {value} at step {self.step}: {ADVICE}")
 
-    def _say(self, line: str, status: bool = False) -> None:
-        """Print a line; on a terminal, the status line is cut to its width and rewritten in place."""
+    def _say(self, line: str) -> None:
+        """Print the status line; on a terminal it is cut to the width and rewritten in place."""
         end = "\n"
-        if status and sys.stdout and sys.stdout.isatty():
+        if sys.stdout and sys.stdout.isatty():
             line = f"\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K"
             end = "" if self.step < self.cfg.iters else "\n"
         try:
