@@ -189,7 +189,7 @@ def run_table(runs: dict[str, dict]) -> str:
 
 def judge_table(kept: dict[str, dict]) -> str:
     """What the judge that reports and the one that chose best.pt read of the same checkpoint."""
-    runs = {name: run for name, k in kept.items() if "scores" in k for run in [k]}
+    runs = {name: k for name, k in kept.items() if "scores" in k}
     runs |= {f"{name}, {key}": run for name, k in kept.items() for key, run in k.get("runs", {}).items()}
     rows = []
     for name, run in runs.items():
@@ -231,7 +231,7 @@ def pages() -> dict[Path, str]:
     files = sorted((RESULTS / "records").glob("*.json"))
     kept = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     single = sorted((k["script"], k["iterations"], name) for name, k in kept.items() if "scores" in k)
-    found = {"Runs": run_table({f"{n}: {heading(n, kept[n])}": kept[n] for *_, n in single})}
+    found = {"Two judges": judge_table(kept), "Runs": run_table({f"{n}: {heading(n, kept[n])}": kept[n] for *_, n in single})}
     for name, k in kept.items():
         if "runs" in k:
             lost = [f"\n| {run} | diverged or not finished |" for run in k["diverged or not finished"]]
@@ -247,7 +247,7 @@ def pages() -> dict[Path, str]:
     texts = {RESULTS / "runs.md": ABOUT + "".join(f"\n## {name}\n\n{text}\n" for name, text in found.items())}
     for path in (ROOT / "README.md", RESULTS / "README.md"):
         texts[path] = path.read_text(encoding="utf-8")
-        for name, text in (found | {"scripts": script_table(kept), "judges": judge_table(kept)}).items():
+        for name, text in (found | {"scripts": script_table(kept)}).items():
             before, marker, rest = texts[path].partition(f"<!-- {name} -->\n")
             if marker:
                 texts[path] = before + marker + text + "\n" + END + rest.split(END, 1)[1]
