@@ -260,7 +260,7 @@ def save_pictures(ema: EMA, data: Data, run: Run) -> None:
         if not data.groups:
             what = "four faces without one attribute, then with it"
             rows[a][4:], rows[a][:4] = rows[a][:4].clone(), ema(z[:4], set_attribute(y[:4], a, 0, data))
-    save_grid(folder / "attributes.png", torch.cat(rows), f"{run.title}: {what}", rows=data.classes)
+    save_grid(folder / "attributes.png", torch.cat(rows), f"{run.title}: {what}", rows=data.classes[:40])
 
 
 # ---------------------------------------------------------------------- training

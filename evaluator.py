@@ -7,6 +7,7 @@ synthetic sets; for another set a script, or tools/train_judge.py, trains them. 
 another, such as the i-CLEVR course's. "FD (judge)" is the Fréchet distance of a judge's features. It is not
 FID, which common/fid.py measures.
 """
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -164,6 +165,8 @@ def trained_judge(cfg, data: Data, device: torch.device, net: type[nn.Module]) -
     about = f"{net.__name__.lower()}-w{cfg.judge_width}-{cfg.judge_steps}"
     path = JUDGES / f"{data.domain}-{data.digest}-{about}.pt"
     if not path.is_file():
+        if not len(data.images):
+            raise UserError(f"there is no judge of {data.name}, and no images to train one: name them by --data")
         print(f"training a judge of {data.name}, once: {about}")
         path.parent.mkdir(parents=True, exist_ok=True)  # an error before the training, not after it
         trained = train_judge(data, net, cfg.judge_width, cfg.judge_steps, device)
@@ -456,10 +459,9 @@ def get_scorer(run: Run, data: Data) -> Scorer | None:
     judge = get_judge(cfg, data, device) if run.is_main and run.action != "sample" else None
     if not judge:
         return None
-    chooser, others = judge, [net for net in judge.kind.nets if net is not type(judge.net)]
-    if others:
-        chooses = cfg.eval_every and run.action != "eval"
-        chooser = auto_judge(cfg, data, device, others[0]) if chooses else None
+    chooser, others = None, [net for net in judge.kind.nets if net is not type(judge.net)]
+    if cfg.eval_every and run.action != "eval":
+        chooser = auto_judge(cfg, data, device, others[0]) if others else judge
     return Scorer(cfg, data, judge, chooser, get_inception(getattr(cfg, "fid_weights", "none"), device))
 
 
@@ -498,7 +500,10 @@ def report(run: Run, data: Data, scorer: Scorer, scores: dict[str, dict], column
     """Print the columns of scores {row: {score: (mean, std)}} as a table; write all to scores.json."""
     about = {"data": data.name, "recipe": run.recipe.removeprefix("recipe "), "judge": scorer.judge.title,
              "draws": run.cfg.eval_draws, "seed": run.trained_seed}
-    if scorer.chooser and scorer.chooser is not scorer.judge:
+    path = run.folder / "scores.json"
+    if run.action == "eval" and path.exists():
+        about |= {key: value for key, value in json.loads(path.read_bytes()).items() if key == "chosen_by"}
+    elif scorer.chooser and scorer.chooser is not scorer.judge:
         about["chosen_by"] = scorer.chooser.title
     if data.test_images is not None:
         about |= {"n_real": len(data.test_images), "n_fake": run.cfg.eval_images}
@@ -518,4 +523,4 @@ def report(run: Run, data: Data, scorer: Scorer, scores: dict[str, dict], column
         for k, attribute in enumerate(about["attributes"]):
             print(f"{attribute:<36}" + "".join(f"{values[k]:10.4f}" for values in found.values()))
     about |= {"judge_held_out": scorer.judge.held_out, "summary": {c: row[c] for c in columns if c in row}}
-    write_json(run.folder / "scores.json", about | scores)
+    write_json(path, about | scores)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,8 +180,9 @@ def same_runs(a: Path, b: Path) -> None:
 
 
 class Reader(nn.Module):
-    """A judge's network that reads probabilities and features off an image by two functions."""
-    size = 64
+    """A judge's network that reads probabilities and features off an image by two functions. It takes images
+    of `size`, where that is set.
+    """
 
     def __init__(self, probabilities, features=lambda x: x[:, 0, 0, :2]):
         super().__init__()
@@ -195,7 +197,9 @@ class Reader(nn.Module):
 def judge_of(kind: str, net: nn.Module):
     """That network as the judge of a kind of data."""
     import evaluator
-    return evaluator.Judge(net.requires_grad_(False), evaluator.KINDS[kind], "", None)
+    kind = evaluator.KINDS[kind]
+    kind = replace(kind, size=getattr(net, "size", kind.size))
+    return evaluator.Judge(net.requires_grad_(False), kind, "", None)
 
 
 def get_judge(data, width: int = 8, steps: int = 1, judge: str | Path = "auto"):

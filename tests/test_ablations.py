@@ -103,7 +103,7 @@ def test_runs_are_made_once_scored_and_pictured(tmp_path, monkeypatch, capsys):
     assert len(made) == 4 and "cDCGAN-0: done" in output  # with those that measure the pace
     kept = json.loads((runs / "ablations.json").read_text())
     assert list(kept["rows"]) == list(ablations.ROWS) and ablations.markdown(kept["rows"]) in output
-    assert kept["commit"] and kept["what"].startswith("i-CLEVR; judge: ResNet-18 of width 8")
+    assert kept["commit"] and kept["what"].startswith("i-CLEVR; judge: VGG of width 8")
     pace = ablations.seconds_per_iteration(runs / "pace-SNGAN-0" / "metrics.csv")
     assert kept["rows"][SNGAN]["iterations"] == max(10, round(0.6 / pace))
     assert used == [NO_EMA, SNGAN, NO_EMA, CDCGAN]  # scored, then pictured

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+from common.losses import rahinge
 from tests.conftest import ROOT, TINY, rows_of, run_here
 
 # a network without batch norm or random numbers, so that two processes do what one does
@@ -55,13 +57,14 @@ if __name__ == "__main__":
     launch(main, Config, RECIPES, QUICK)
 '''
 
-# all scripts train in the same two processes; one of them is scored, too
+# all scripts train in the same two processes; one of them is scored, too; last, a relativistic hinge
 ALL = '''
 import pytest
 import torch
 from common.files import UserError
 from harness import dist
 from harness.run import Run
+from sngan_iclevr import D_LOSS
 from tests.conftest import TINY, run_here
 
 runs, register = [], Run.register
@@ -83,6 +86,13 @@ with dist.process_group():
     nets = [[{name: p.detach() for name, p in thing.named_parameters()} for thing in tracked.values()
              if isinstance(thing, torch.nn.Module)] for tracked in runs]
     torch.save((nets, torch.rand(3)), f"all-{rank}.pt")
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(5, 1), torch.randn(2, 2, 4, 5) + torch.arange(2.0).view(1, 2, 1, 1)
+    first, second = x[:, rank]  # the processes' shares differ in their means
+    loss, opt = D_LOSS["rahinge"](net(first), net(second)), torch.optim.SGD(net.parameters(), 0.1)
+    loss.backward()
+    dist.average_gradients(opt)
+    torch.save((net.state_dict(), (first, second), [p.grad for p in net.parameters()]), f"hinge-{rank}.pt")
 '''
 
 
@@ -115,7 +125,7 @@ def test_a_run_goes_from_one_process_to_two_and_back(tmp_path, monkeypatch):
     (tmp_path / "cache").unlink()
     first, second = pair(PLAIN, "--resume", str(run), "--iters", "100000", "--log-every", "2", cwd=tmp_path)
     assert first[0] == second[0] == 143, first[2] + second[2]
-    assert f"to continue: plain.py --resume {run}" in first[2] and second[1] == ""
+    assert f"to continue: python plain.py --resume {run}" in first[2] and second[1] == ""
     state = torch.load(run / "last.pt", weights_only=True)
     assert state["step"] == 7 and len(state["rng"]) == 2
     two = weights(tmp_path, 0)
@@ -127,15 +137,36 @@ def test_a_run_goes_from_one_process_to_two_and_back(tmp_path, monkeypatch):
     torch.testing.assert_close(mixed, weights(tmp_path), rtol=1e-5, atol=1e-6)
 
 
-def test_all_scripts_train_with_two_processes(here):
-    first, second = pair(ALL, cwd=here)
+@pytest.fixture(scope="module")
+def both(workdir) -> Path:
+    """The folder in which two processes ran ALL."""
+    folder = workdir / "both"
+    folder.mkdir()
+    (workdir / "data").mkdir(exist_ok=True)
+    (folder / "data").symlink_to(workdir / "data")
+    first, second = pair(ALL, cwd=folder)
     assert first[0] == second[0] == 0, first[2] + second[2]
-    assert second[1] == "" and "sngan_iclevr: synthetic scenes" in first[1]
-    (nets, noise), (others, other_noise) = (torch.load(here / f"all-{i}.pt") for i in range(2))
+    assert second[1] == "" and "sngan_iclevr: data synthetic scenes" in first[1]
+    return folder
+
+
+def test_two_processes_have_the_relativistic_hinge_s_gradient_of_the_whole_batch(both):
+    shares = [torch.load(both / f"hinge-{i}.pt") for i in range(2)]
+    net, ((a, b), (c, d)) = torch.nn.Linear(5, 1), (images for _, images, _ in shares)
+    net.load_state_dict(shares[0][0])
+    rahinge(net(torch.cat([a, c])), net(torch.cat([b, d]))).backward()
+    for _, _, gradients in shares:
+        torch.testing.assert_close(gradients, [p.grad for p in net.parameters()])
+    each = (rahinge(net(a), net(b)) + rahinge(net(c), net(d))) / 2  # of its own share alone
+    assert (torch.autograd.grad(each, net.weight)[0] - net.weight.grad).abs().max() > 0.05
+
+
+def test_all_scripts_train_with_two_processes(both, here):
+    (nets, noise), (others, other_noise) = (torch.load(both / f"all-{i}.pt") for i in range(2))
     for name, ours, theirs in zip(TINY, nets, others, strict=True):
         for net, other in zip(ours, theirs, strict=True):
             assert net and all(torch.equal(p, other[key]) for key, p in net.items()), name
     assert not torch.equal(noise, other_noise)  # each draws its own z
-    assert all((here / "sngan_iclevr" / name).exists() for name in ("scores.json", "best.pt", "progress.gif"))
-    assert not (here / "x").exists()
-    run_here("sngan_iclevr", "resume", here / "sngan_iclevr", iters=4)
+    assert all((both / "sngan_iclevr" / name).exists() for name in ("scores.json", "best.pt", "progress.gif"))
+    assert not (both / "x").exists()
+    run_here("sngan_iclevr", "resume", both / "sngan_iclevr", iters=4)

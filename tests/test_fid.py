@@ -125,6 +125,9 @@ def test_distance_of_covariances_with_common_axes_and_any_rank():
         assert fid.frechet_distance(mu, s1, mu, s2) == pytest.approx(expected, rel=1e-6)
         assert fid.frechet_distance(mu, s1, 0 * mu, s2) == pytest.approx(expected + 100, rel=1e-6)
         assert 0 <= fid.frechet_distance(mu, s2, mu, s2) < 1e-6
+        for sigma in (s1, s2):
+            root = fid.psd_root(sigma)
+            np.testing.assert_allclose(root @ root.T, sigma, atol=1e-9 * np.trace(sigma))
 
 
 def test_kid_is_the_unbiased_estimate():

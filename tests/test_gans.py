@@ -11,7 +11,7 @@ import acgan_celeba
 import cdcgan_iclevr
 import evaluator
 import sngan_iclevr
-from common.datasets import load_faces
+from common.datasets import Data, load_faces
 from tests.conftest import run_here, settings
 
 # ---------------------------------------------------------------------- i-CLEVR
@@ -31,7 +31,7 @@ def test_sngan_s_null_rows_stay_exactly_zero_and_rates_fall_to_the_end(here):
 @pytest.mark.parametrize("add_noise", [True, False])
 def test_sngan_s_noise_is_added_to_all_that_d_is_given(here, monkeypatch, add_noise):
     before, given = [], []
-    monkeypatch.setattr(sngan_iclevr, "random_flip_translate", lambda x, share: before.append(x) or x)
+    monkeypatch.setattr(sngan_iclevr, "random_translate", lambda x, share: before.append(x) or x)
     monkeypatch.setattr(sngan_iclevr, "d_step", lambda *args: given.extend(args[2:4]) or {})
     monkeypatch.setattr(sngan_iclevr, "g_step", lambda *args: {})
     monkeypatch.setattr(evaluator, "finish", lambda *args, **options: {})
@@ -125,8 +125,19 @@ def test_acgan_s_pictures_show_each_attribute(here):
         assert grid.width > 8 * 66 + 60 and grid.height > 15 * 66
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     assert scores["n_real"] == 30 and list(scores["summary"]) == ["FD (judge)", "accuracy", "exact"]
-    rows = [scores[name] for name in ("training images", "their labels shuffled", "best", "last")]
-    assert [len(row["by attribute"][0]) for row in rows] == [4] * 4
+    assert list(scores["training images"]) == ["FD (judge)"]
+    assert {"accuracy", "exact"} <= scores["held-out images"].keys()
+    assert [len(scores[name]["by attribute"][0]) for name in ("best", "last")] == [4] * 2
     folder = run_here("acgan_celeba", judge="none", iters=1, attributes="with glasses,blue hair")
     with Image.open(folder / "attributes.png") as grid:
         assert grid.height < 3 * 66 + 60
+
+
+def test_a_picture_of_each_attribute_has_at_most_forty_rows(tmp_path):
+    for n, rows in ((40, 40), (45, 40)):
+        data = Data("", "faces", "", torch.zeros(0, 3, 8, 8), torch.eye(n), tuple(map(str, range(n))), "",
+                    groups=(tuple(range(n)),))
+        run = settings(folder=tmp_path, title="x", cfg=settings(seed=0, z_dim=4))
+        acgan_celeba.save_pictures(lambda z, y: torch.zeros(len(z), 3, 8, 8), data, run)
+        with Image.open(tmp_path / "attributes.png") as grid:
+            assert 0 < grid.height - rows * (64 + 2) < 66

@@ -36,6 +36,12 @@ def test_losses_are_their_formulas_and_finite_at_extreme_scores(name, formula):
     assert all(loss(*sign * torch.tensor([[1e4], [-1e4]])[:len(scores)]).isfinite() for sign in (1, -1))
 
 
+def test_the_relativistic_hinge_takes_another_mean():
+    first, second = torch.tensor([0.5, -0.2]), torch.tensor([0.1, 0.3])
+    found = losses.rahinge(first, second, mean=lambda scores: scores.sum() + 1)
+    assert found.item() == pytest.approx(hinge([0.5 - 1.4, -0.2 - 1.4], [0.1 - 1.3, 0.3 - 1.3]))
+
+
 def test_the_classifier_s_loss_is_the_cross_entropy_of_all_classes():
     logits = torch.tensor([[0.5, -1.0, 2.0], [0.3, 0.1, -0.4]], dtype=torch.float64)
     found = losses.aux_classification_loss(logits, torch.tensor([[0, 2, 3], [1, 3, 3]]))  # 3: no label

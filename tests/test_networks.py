@@ -253,3 +253,23 @@ def test_acgan_s_concat_shifts_the_score_and_projection_weighs_the_features(cond
     else:
         projection = torch.einsum("na,fa,nf->n", y, D.embed.weight, features[0])
         torch.testing.assert_close(one, D.score(features[0])[:, 0] + projection)
+
+
+@pytest.mark.parametrize("name, fields, net", [
+    ("acgan_celeba", dict(d_cond="projection"), "score"), ("sngan_iclevr", {}, "linear"),
+    ("cdcgan_iclevr", dict(d_cond="projection", d_norm="none"), "last"),
+    ("sngan_iclevr", dict(d_net="cnn"), "linear")], ids=str)
+def test_projection_is_summed_in_fp32_under_autocast(name, fields, net):
+    """Of many products of both signs, bf16 would keep two digits."""
+    _, D, _ = build(name, **fields | dict(ch=8))
+    x, y, seen = torch.randn(4, 3, 32, 32), labels_of(name, 4), {}
+    for key in (net, "embed", "join"):
+        if isinstance(module := getattr(D, key, None), nn.Module):
+            module.register_forward_hook(lambda _m, given, out, key=key: seen.update({key: (given[0], out)}))
+    with torch.autocast("cpu", torch.bfloat16):
+        score, _ = D(x, *y)
+    (h, alone), vector = seen[net], seen.get("join", seen["embed"])[1]
+    assert h.dtype == torch.bfloat16
+    expected = alone.flatten().double() + (vector.double() * h.flatten(1).double()).sum(1)
+    assert score.dtype == torch.float32
+    torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """Grids with titles, labels and captions, glyphs, the GIF and curves."""
 import ast
+import json
 import string
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from harness import pictures
+from harness.cli import Settings
 from tests.conftest import ROOT
 
 GREYS = torch.tensor([-1.0, 0.0, 1.0])[:, None, None, None].expand(3, 3, 64, 64)
@@ -75,6 +77,48 @@ def test_glyphs_tell_shapes_and_colours_apart():
         assert canvas.getpixel((5, 5)) == ((255, 0, 0) if "red" in name else (128,) * 3)
         glyphs |= {canvas.tobytes(), canvas.convert("L").point(lambda v: v == 255).tobytes()}
     assert len(glyphs) == 6 + 3  # shapes differ in outline, too
+
+
+def test_names_that_are_no_coloured_shapes_are_captions_in_words(tmp_path):
+    """Each in a line of its own, below an image of the same width as the words at most."""
+    for odd in ("hat", "red hat", "teal-ish cube", "red cube again"):
+        captions = [["red cube", odd], [], ["blue cube"]]
+        found = grid(tmp_path, GREYS, "a title", nrow=2, captions=captions)
+        below = 2 * (pictures.OBJECT_SIZE + 2)
+        assert found.shape[0] == 16 + 2 * (66 + below) + 2
+        assert (found.max(-1) == found.min(-1)).all()  # no glyph's colour
+        for k, lines in enumerate(captions):
+            y, x = 18 + k // 2 * (66 + below) + 64, 2 + k % 2 * 66
+            for line in range(2):  # written or empty
+                ink = found[y + 1 + 13 * line:y + 13 + 13 * line, x:x + 64] < 100
+                assert ink.any() == (line < len(lines)), (odd, k, line)
+                assert found[y + 1 + 13 * line:y + 13 + 13 * line, x - 2:x].min() == 255
+
+
+def test_single_images_are_numbered_in_the_order_of_their_labels(tmp_path):
+    """One of each of the labels, or as many as are asked for."""
+    calls = []
+
+    def sample(n, g, y=None):
+        calls.append((n, y is None))
+        y = torch.randint(256, (n,), generator=g) if y is None else y
+        return (y.view(-1, 1, 1, 1) / 127.5 - 1).expand(-1, 1, 2, 2), y
+
+    def described(labels):
+        return [{"grey": x} for x in labels.tolist()]
+    labels = (torch.arange(101) * 7) % 256  # more than are made at once
+    for wanted, n, made in ((labels, 5, [(100, False), (1, False)]), (None, 7, [(7, True)])):
+        folder = tmp_path / str(n)
+        calls.clear()
+        pictures.save_images(sample, Settings(to=str(folder), n=n), described, wanted)
+        files, named = sorted(folder.glob("*.png")), json.loads((folder / "labels.json").read_text())
+        assert calls == made and list(named) == [path.name for path in files]
+        greys = [np.asarray(Image.open(path)).max().item() for path in files]
+        assert greys == [x["grey"] for x in named.values()] and len(greys) == (n if wanted is None else 101)
+        assert wanted is None or greys == labels.tolist()
+    assert files[0].name == "0.png" and (tmp_path / "5" / "000.png").exists()
+    pictures.save_images(lambda n, g: (torch.zeros(n, 1, 2, 2), None), Settings(to=str(tmp_path / "x")), None)
+    assert len([*(tmp_path / "x").iterdir()]) == 100  # no labels.json
 
 
 def test_captions_keep_their_colours_in_the_gif(tmp_path):

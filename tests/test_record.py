@@ -1,18 +1,21 @@
 """The tables of results say what the records say, and records keep all of a run that matters."""
+import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import evaluator
 from common.datasets import to_float
 from common.files import UserError
 from harness import pictures
 from synthetic import scenes
-from tests.conftest import TINY, flags, run_here
+from tests.conftest import TINY, flags, rows_of, run_here, settings
 from tools import record
 
 GENERATORS = record.ROOT / "pretrained" / "generators"
@@ -62,8 +65,9 @@ def test_the_results_weigh_little_on_a_clone():
 def test_no_record_has_a_path_of_the_machine_that_made_it():
     for path in record.RESULTS.glob("records/*.json"):
         assert not re.search(r"[ \"=]/\w", path.read_text(encoding="utf-8")), path
-    found = record.short("x.py --resume /home/me/runs/a --iters 9 --out /tmp/b")
-    assert found == "x.py --resume RUN --iters 9"
+    for start in ("", "python ", "python /home/me/gans/", "python ../"):
+        found = record.short(f"{start}x.py --resume /home/me/runs/a --iters 9 --out /tmp/b")
+        assert found == "x.py --resume RUN --iters 9"
 
 
 def test_a_run_is_kept_with_all_that_its_scores_depend_on(tiny_run, results):
@@ -83,6 +87,26 @@ def test_a_run_is_kept_with_all_that_its_scores_depend_on(tiny_run, results):
         assert part in row
     (results / "figures" / "tiny.png").unlink()
     assert "tiny.png" not in record.heading("tiny", kept)
+
+
+def test_the_figures_of_both_judges_are_of_the_same_checkpoint(tiny_run, tmp_path):
+    kept = record.figures(tiny_run)
+    step, scores, chosen = kept["scores"]["best"]["step"], kept["scores"], kept["by_chooser"]
+    row, = [row for row in rows_of(tiny_run) if row["step"] == step]
+    assert chosen == {"accuracy test": row["accuracy_test"], "accuracy new_test": row["accuracy_new_test"]}
+    other = kept | {"by_chooser": {}}
+    table = record.judge_table({"one": kept, "some": {"runs": {"a": kept, "b": other}}, "digits": other,
+                                "before": kept | {"scores": {"summary": {}}}, "speed": {}})
+    one, again = table.splitlines()[2:]
+    reported = ", ".join(f"{name} {record.number(*scores['summary'][name])}" for name in chosen)
+    read = ", ".join(f"{name} {value:.3f}" for name, value in chosen.items())
+    assert one == f"| one | {reported} | {scores['judge']} | {read} | {scores['chosen_by']} |"
+    assert again == one.replace("| one |", "| some, a |")
+    assert scores["judge"].startswith("VGG") and scores["chosen_by"].startswith("ResNet-18")
+    shutil.copytree(tiny_run, tmp_path / "run")  # columns may come in any order
+    with open(tiny_run / "metrics.csv", newline="") as f, open(tmp_path / "run" / "metrics.csv", "w") as new:
+        csv.writer(new).writerows(reversed(row) for row in csv.reader(f))
+    assert record.figures(tmp_path / "run") == kept
 
 
 def test_a_kept_generator_is_scored_as_its_run(tiny_run, here):
@@ -108,6 +132,40 @@ def test_the_generators_work_after_cloning(name, tmp_path):
     images = [np.array(Image.open(path), int) for path in (tmp_path / "images").glob("*.png")]
     assert len(images) == 6 and np.std(images, 0).mean() > 3 and np.std(images) > 10
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GENERATORS.iterdir()))
+def test_the_generators_have_the_scores_that_are_kept_with_them(name, tmp_path, monkeypatch, capsys):
+    """By their own settings and the bundled judges, without the data set."""
+    kept, stored = (json.loads((GENERATORS / name / f"{file}.json").read_text(encoding="utf-8"))
+                    for file in ("scores", "config"))
+    for key, field in (("draws", "eval_draws"), ("seed", "seed"), ("n_fake", "eval_images")):
+        assert kept.get(key) == stored["config"].get(field), f"{name}: {field}"
+    folder, found = tmp_path / name, {}
+    shutil.copytree(GENERATORS / name, folder)
+    monkeypatch.setattr(evaluator, "train_judge", None)
+
+    def score(run, data, scorer, sample, _, shown, more=None, **options):
+        """What can be told without the held-out images."""
+        cfg, scores = run.cfg, {"step": run.load(shown)["step"]}
+        found[shown] = scores | (more() if more else evaluator.score(
+            sample, scorer.judge, cfg.eval_images, cfg.eval_draws, cfg.seed + 1))
+    if stored["script"] in record.DIGITS:
+        judge = settings(judge=str(evaluator.BUNDLED / "mnist-32-digitnet.pt"))
+        monkeypatch.setattr(evaluator, "get_scorer", lambda run, data: SimpleNamespace(
+            judge=evaluator.get_judge(judge, data, run.device)))
+        monkeypatch.setattr(evaluator, "finish", score)
+        run_here(name, "sample", folder, to=str(tmp_path / "images"))
+        shown, measures = "last", ["code → digit" if name == "infogan_mnist" else "TV"]
+    else:
+        run_here(name, "eval", folder)
+        assert f"({evaluator.BUNDLED / 'i-clevr-64-vgg.pt'})" in capsys.readouterr().out
+        found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        shown, measures = "best", list(kept["summary"])
+        assert found["judge"] == kept["judge"]
+    assert found[shown]["step"] == kept[shown]["step"]
+    for measure in measures:
+        assert found[shown][measure][0] == pytest.approx(kept["summary"][measure][0], abs=0.01), measure
 
 
 def test_a_sweep_and_ablations_are_kept_as_one(tiny_run, results, tmp_path, monkeypatch):
@@ -146,6 +204,10 @@ def test_a_sweep_and_ablations_are_kept_as_one(tiny_run, results, tmp_path, monk
     assert "(2 seeds) | paper: `--quick` | 9 iterations in 0 min, " in readme
     assert "(best of 2 variants, 9 iterations" in readme
     assert readme.endswith(" | 0.5 |\n<!-- end -->\nafter\n")
+    path = results / "records" / "both.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"chosen_by"', '"was"'), encoding="utf-8")
+    remark = "(2 seeds, by the judge that chose the checkpoint) | paper"
+    assert remark in record.pages()[tmp_path / "README.md"]
 
 
 def test_numbers_are_rounded_to_their_spread():

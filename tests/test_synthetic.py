@@ -128,8 +128,23 @@ def test_code_effects_are_those_of_each_code():
     assert result["code 1: change of slant"] == pytest.approx(0.8, abs=0.1)
     assert -0.16 * 14 < result["code 2: change of width"] < -0.08 * 14  # ends count, too
     assert abs(result["code 2: change of slant"]) < 0.1
+    both = measures.code_effects(lambda z, k, codes: make(z, k, codes[:, :1].repeat(1, 2)), 3, 10, 2,
+                                 torch.Generator().manual_seed(0), n_paths=20)  # code 2 does nothing
+    assert both["code 1 ~ width"] < -0.7 and both["a code ~ slant"] > 0.9 and both["a code ~ width"] < 0.1
     blank = -torch.ones(4, 1, 32, 32)
     assert measures.code_effects(lambda *_: blank, 3, 10, 1, torch.Generator(), 4)["code 1 ~ slant"] == 0
+
+
+def test_codes_are_matched_one_to_one_with_slant_and_width():
+    def matched(*rows):
+        effects = {f"code {c} ~ {name}": value for c, row in enumerate(rows, 1)
+                   for name, value in zip(("slant", "width"), row, strict=True)}
+        return [pytest.approx(value) for value in measures.match_codes(effects, len(rows)).values()]
+    assert matched((-0.9, 0.1), (0.2, 0.8)) == [0.9, 0.8]
+    assert matched((0.1, -0.9), (0.8, 0.2)) == [0.8, 0.9]
+    assert matched((0.9, 0.8), (0.3, 0.1)) == [0.3, 0.8]  # 0.9 + 0.1 is less
+    assert matched((0.9, 0.8), (0.1, 0.1), (0.0, -0.7)) == [0.9, 0.7]
+    assert matched((0.5, -0.6)) == [0.0, 0.6]  # no code is left for slant
 
 
 # ---------------------------------------------------------------------- faces

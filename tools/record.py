@@ -65,7 +65,7 @@ def figures(folder: Path) -> dict:
     return {"script": config["script"], "command": sessions[0]["command"],
             "seconds": round(float(last_row["seconds"])), "iterations": max(rows),
             "seconds_per_1000_iterations": round(1000 * pace, 1), "scores": scores,
-            "by_chooser": {name.replace("_", " ", 1): float(value) for name, value in rows[shown].items()
+            "by_chooser": {name.replace("_", " ", 1): float(value) for name, value in rows.get(shown, {}).items()
                            if name in ("accuracy_test", "accuracy_new_test", "accuracy") and value},
             "sittings": sessions, "config": config["config"] | {"out": ""}}  # a path of this machine
 
@@ -149,7 +149,8 @@ def number(mean: float, std: float) -> str:
 
 def short(command: str) -> str:
     """A command without folders of this machine and without flags that change no score."""
-    command = re.sub(r"^python (\S*/)?", "", re.sub(r"--resume \S+", "--resume RUN", command))
+    command = re.sub(r"^python ('[^']*/|\S*/)?(\w+\.py)'?", r"\2", command)
+    command = re.sub(r"--resume \S+", "--resume RUN", command)
     return re.sub(r" --(log-every|sample-every|save-every|out) \S+", "", command)
 
 
