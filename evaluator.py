@@ -166,7 +166,7 @@ def trained_judge(cfg, data: Data, device: torch.device, net: type[nn.Module]) -
     path = JUDGES / f"{data.domain}-{data.digest}-{about}.pt"
     if not path.is_file():
         if not len(data.images):
-            raise UserError(f"there is no judge of {data.name}, and no images to train one: name them by --data")
+            raise UserError(f"there is no judge of {data.name}, and no images to train one: give --data")
         print(f"training a judge of {data.name}, once: {about}")
         path.parent.mkdir(parents=True, exist_ok=True)  # an error before the training, not after it
         trained = train_judge(data, net, cfg.judge_width, cfg.judge_steps, device)

@@ -59,13 +59,13 @@ def figures(folder: Path) -> dict:
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     with open(folder / "metrics.csv", newline="") as f:
         rows = {int(row["step"]): row for row in csv.DictReader(f)}
-    last_row, shown = rows[max(rows)], scores.get("best", scores["last"])["step"]
+    last_row, shown = rows[max(rows)], rows.get(scores.get("best", scores["last"])["step"], {})
     pace = seconds_per_iteration(folder / "metrics.csv")
     sessions = [session | {"command": short(session["command"])} for session in config["sittings"]]
     return {"script": config["script"], "command": sessions[0]["command"],
             "seconds": round(float(last_row["seconds"])), "iterations": max(rows),
             "seconds_per_1000_iterations": round(1000 * pace, 1), "scores": scores,
-            "by_chooser": {name.replace("_", " ", 1): float(value) for name, value in rows.get(shown, {}).items()
+            "by_chooser": {name.replace("_", " ", 1): float(value) for name, value in shown.items()
                            if name in ("accuracy_test", "accuracy_new_test", "accuracy") and value},
             "sittings": sessions, "config": config["config"] | {"out": ""}}  # a path of this machine
 
@@ -232,7 +232,8 @@ def pages() -> dict[Path, str]:
     files = sorted((RESULTS / "records").glob("*.json"))
     kept = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     single = sorted((k["script"], k["iterations"], name) for name, k in kept.items() if "scores" in k)
-    found = {"Two judges": judge_table(kept), "Runs": run_table({f"{n}: {heading(n, kept[n])}": kept[n] for *_, n in single})}
+    found = {"Two judges": judge_table(kept),
+             "Runs": run_table({f"{n}: {heading(n, kept[n])}": kept[n] for *_, n in single})}
     for name, k in kept.items():
         if "runs" in k:
             lost = [f"\n| {run} | diverged or not finished |" for run in k["diverged or not finished"]]
