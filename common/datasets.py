@@ -165,6 +165,8 @@ def label_sets(text: str, data: Data, n: int) -> torch.Tensor:
         sets = [[name.strip() for name in objects.split(",")] for objects in text.split(";")]
         if text.endswith(".json"):
             sets = json.loads(Path(text).read_bytes())
+        if not sets:
+            raise ValueError("it is empty")
         sets = [pad_ids(objects, ids, f"set {i}") for i, objects in enumerate(sets, 1)]
         return torch.tensor(sets).repeat_interleave(n, 0)
 
@@ -258,7 +260,8 @@ def load_faces(cfg, labelled: bool = True) -> Data:
             name = folder.resolve().name
         else:
             known, rows = read_attributes(table)
-        columns = pick_columns(cfg.attributes or CELEBA_ATTRIBUTES * name.startswith("CelebA"), known, source)
+        default = CELEBA_ATTRIBUTES * (not paths and name.startswith("CelebA"))
+        columns = pick_columns(cfg.attributes or default, known, source)
         if paths and labelled:  # the images of the chosen classes
             one_hot = {known[i]: [int(i == k) for k in range(len(known))] for i in columns}
             rows = {path: one_hot[kind] for path in paths if (kind := path.split("/")[0]) in one_hot}
@@ -327,7 +330,7 @@ def files_in(folder: Path) -> dict[str, Path]:
 def image_names(folder: Path) -> list[str]:
     """The images in a folder and its subfolders; those of kinds that can't be read here are counted."""
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-    found = {name: p.suffix.lower() for name, p in files_in(folder).items() if not p.name.startswith(".")}
+    found = {name: path.suffix.lower() for name, path in files_in(folder).items() if "/." not in f"/{name}"}
     others = [x for x in found.values() if x not in endings and "image/" in str(guess_type(f"a{x}", False))]
     if others:
         kinds = ", ".join(sorted({*others}))
@@ -349,8 +352,10 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
     skip_bad: leave out what is missing, unreadable or smaller than the crop, otherwise a UserError.
     Decoded once and cached beside the folder until a file in it changes.
     """
-    found = files_in(folder / folder.name) | files_in(folder)  # zips may be unpacked to a folder of their own
-    paths = {name: found[key] for name in names if (key := normalize("NFC", name)) in found}
+    inner = folder / Path(os.path.abspath(folder)).name  # zips may be unpacked to a folder of their own
+    found = files_in(inner) | files_in(folder)
+    paths = {name: path for name in names
+             if (path := found.get(normalize("NFC", name))) and path.is_file()}  # a link may lead nowhere
     if not skip_bad and (missing := set(names) - paths.keys()):
         raise UserError(f"{folder / min(missing)} is missing ({len(missing)} of {len(names)} images are): "
                         "unpack the set again, or remove them from the list that names them")
@@ -385,14 +390,14 @@ def decode_image(path: Path, size: int, crop: int | None) -> Image.Image:
         image.load()
         with contextlib.suppress(Exception):  # broken EXIF data, which viewers ignore
             ImageOps.exif_transpose(image, in_place=True)
-        with contextlib.suppress(Exception):  # no or a broken colour profile
-            profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-            image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"),
-                                              outputMode="RGB" if image.mode == "CMYK" else None)
+        profile = io.BytesIO(image.info.get("icc_profile", b""))
         if image.mode[0] in "IF":
             raise ValueError("grey of 16 bits or of floats: convert it to 8 bits")
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        with contextlib.suppress(Exception):  # no or a broken colour profile
+            image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"),
+                                              outputMode="RGB" if image.mode == "CMYK" else None)
         image = image.convert("RGB")
         if crop and min(image.size) < crop:
             raise ValueError(f"{image.width}×{image.height} pixels are smaller than --crop {crop}")

@@ -243,8 +243,9 @@ class Run:
                 complete = (row for row in csv.DictReader(f) if None not in row.values())
                 self.rows = [row for row in complete if int(row["step"]) <= self.step]
         last = self.rows[-1] if self.rows else {"step": 0, "seconds": 0}
-        if int(last["step"]) <= self.step - self.cfg.log_every:
-            print(f"*** {self.table} ends at step {last['step']}: rows up to {self.step} are lost ***")
+        expected = self.step - min((n for _, n in self.means.values()), default=0)
+        if int(last["step"]) < expected:
+            print(f"*** {self.table} ends at step {last['step']}: rows up to {expected} are lost ***")
         if (self.folder / "best.pt").exists() and self._read("best")["step"] > self.step:
             (self.folder / "best.pt").unlink()
             self.best = -math.inf

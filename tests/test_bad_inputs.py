@@ -1,12 +1,15 @@
 """Mistakes of users: one error line that names the file or flag, exit status 2, and nothing written."""
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from tests.conftest import TINY, flags, make_iclevr, make_mnist, run_here
+from evaluator import ResNet18
+from tests.conftest import TINY, call, flags, make_iclevr, make_mnist, run_here
 
 FLAGS = {  # script: flags → part of the message
     "dcgan_mnist": {
@@ -18,7 +21,12 @@ FLAGS = {  # script: flags → part of the message
         "--net transformer": "--net: invalid choice: 'transformer'", "--device cuda:99": "--device cuda:99",
         "--device gpu": "--device gpu", "--learning-rate 1": "unrecognized", "--iter 5": "unrecognized",
         "extra": "unrecognized arguments", "--iters": "expected one", "--n 5": "--n is for --sample",
-        "--resume a --sample a": "not allowed with argument", "--quick --resume a": "--quick is for a new",
+        "--resume a --sample a": "not allowed with argument", "--quick --resume a": "--resume a: there is no",
+        "--sample text": "--sample text: there is no such folder\n", "--continue": "--continue needs --out",
+        "--continue --out full": "full already exists", "--continue --eval full": "not allowed with argument",
+        "--data nowhere": "--data nowhere: there is no such folder\n", "--data text": "--data text: there is",
+        "--device meta": "--device meta is not available (Tensor.item() cannot be called on meta tensors): ",
+        "--device hpu": "--device hpu is not available (", "--device xla": "--device xla is not available (",
         "--recipe R3GAN": "--recipe: invalid choice: 'R3GAN' (choose from", "--recipe": "expected one",
         "--quick --recipe robust": "--recipe: invalid choice: 'robust'",
         # what is known only with the data, but before training
@@ -86,8 +94,11 @@ RUNS = [  # damage to the folder of a run, how it is used, part of the message
     (nothing, "--resume run --iters 1", "--iters 1: run is already at 2"),
     (nothing, "--sample run --iters 9", "--iters is 2 there, 9 here"),
     (nothing, "--eval run --judge none", "--eval needs a judge"),
-    (nothing, "--resume nowhere", "nowhere/config.json can't be read (FileNotFoundError"),
-    (nothing, "--resume run/config.json", "can't be read"), (nothing, "--eval run --data x/gone", "x/gone"),
+    (nothing, "--resume run --quick", "--recipe is 'paper' there, 'r3gan' here"),
+    (nothing, "--continue --out run --batch-size 9", "--batch-size is 8 there, 9 here"),
+    (nothing, "--resume nowhere", "--resume nowhere: there is no such folder"),
+    (nothing, "--eval run/config.json", "--eval run/config.json: there is no such folder"),
+    (nothing, "--eval run --data x/gone", "--data x/gone: there is no such folder"),
     *((config("recipe", SITTINGS, loss="paired"), f"{action} run", older.format("451a362b7f"))
       for action in ("--resume", "--sample", "--eval")),  # a run from before recipes had names
     (config("recipe", []), "--resume run", older.format("unknown")),
@@ -101,6 +112,9 @@ RUNS = [  # damage to the folder of a run, how it is used, part of the message
     (config(deterministic=1), "--resume run", "--deterministic 1: must be bool"),
     (config(recipe="best"), "--sample run", "--recipe 'best': must be ('paper', 'r3gan')"),
     (config(latent_dim=6), "--resume run --iters 3", "can't be read (RuntimeError"),
+    *((config(latent_dim=6), f"{action} run", "If a network in dcgan_mnist.py was changed since, start a new")
+      for action in ("--resume", "--sample", "--eval")),
+    (lambda folder: (folder / "config.json").unlink(), "--resume run", "config.json can't be read (FileNotF"),
     (config(n_synthetic=61), "--resume run --iters 3", "does not hold the images that run was trained on"),
     (config(n_synthetic=61), "--sample run", "does not hold the images that run was trained on"),
     (config(n_synthetic=61), "--eval run", "does not hold the images that run was trained on"),
@@ -128,7 +142,8 @@ def test_mistakes_with_runs(here, refuses, trained, damage, command, message):
 
 
 @pytest.mark.parametrize("name, damage, message", [  # damage to the set's folder; test_datasets.py has more
-    ("sngan_iclevr", shutil.rmtree, "set/objects.json can't be read (FileNotFoundError"),
+    ("sngan_iclevr", shutil.rmtree, "set: there is no such folder\n"),
+    ("sngan_iclevr", lambda f: (f / "objects.json").unlink(), "objects.json can't be read (FileNotF"),
     ("sngan_iclevr", write("test.json", b'[["red pyramid"]]'), "unknown object"),
     ("cdcgan_iclevr", lambda f: next((f / "images").iterdir()).write_bytes(b"x"), "it should be an image"),
     ("dcgan_mnist", write("MNIST/raw/train-images-idx3-ubyte"), "MNIST's four"),
@@ -137,3 +152,32 @@ def test_mistakes_with_data(here, refuses, name, damage, message):
     (make_iclevr if "iclevr" in name else make_mnist)(here / "set")
     damage(here / "set")
     refuses(name, *flags(TINY[name] | dict(iters=2, judge="none", data=str(here / "set"))), message=message)
+
+
+def test_without_the_images_a_run_is_scored_by_a_judge_that_is_there(here, refuses):
+    fields = TINY["sngan_iclevr"] | dict(iters=2, data=str(make_iclevr(here / "set", 12)), judge="none")
+    folder = run_here("sngan_iclevr", **fields)
+    shutil.rmtree(here / "set")
+    torch.save({"model": ResNet18(24, 8).state_dict()}, here / "judge.pt")
+    refuses("sngan_iclevr", "--eval", folder, "--judge", "auto", message="there is no judge of i-CLEVR")
+    status, output, error = call("sngan_iclevr", "--eval", folder, "--judge", here / "judge.pt")
+    assert (status, error) == (0, "") and "going on without the images" in output
+    assert (folder / "scores.json").exists()
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9 \xff", b"line\nbreak"])
+def test_any_name_of_a_folder_will_do(here, name):
+    folder = here / os.fsdecode(name) / os.fsdecode(name)
+    folder.mkdir(parents=True)
+    for i in range(20):
+        Image.new("RGB", (20 + i, 30), (10 * i, 0, 0)).save(folder / os.fsdecode(b"%d" % i + name + b".png"))
+    fields = TINY["vae_celeba"] | dict(iters=2, data=str(folder.parent), out="run")
+    for argv in (["--continue", *flags(fields)], ["--continue", *flags(fields | dict(iters=4))],
+                 ["--sample", "run"]):
+        assert call("vae_celeba", *argv)[::2] == (0, "")
+    assert torch.load("run/last.pt", weights_only=True)["step"] == 4
+    stored = json.loads(Path("run", "config.json").read_text(encoding="utf-8"))
+    assert stored["config"]["data"] == str(folder.parent)
+    shutil.rmtree(folder)
+    status, _, error = call("vae_celeba", "--resume", "run")
+    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1

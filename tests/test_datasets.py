@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageCms
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common import datasets
 from common.datasets import Batches, Data
 from common.files import UserError, digest_of
+from evaluator import BUNDLED
 from synthetic import digits, faces, scenes
 from tests.conftest import make_mnist, settings
 
@@ -98,7 +99,7 @@ def put(name, key, value):
 FIRST, THIRD = "CLEVR_train_000000_0.png", "CLEVR_train_000002_0.png"
 BROKEN = {
     "empty": (lambda f: [os.remove(p) for p in f.glob("*.json")], "objects.json can't.*FileNot.*synthetic"),
-    "no images": (lambda f: (f / "images").rename(f / "other"), "images can't be read"),
+    "no images": (lambda f: (f / "images").rename(f / "other"), f"images/{FIRST} is missing .18 of 18"),
     "no test list": (lambda f: (f / "new_test.json").unlink(), "new_test.json can't be read"),
     "image missing": (lambda f: (f / "images" / FIRST).unlink(), f"{FIRST} is missing .1 of 18"),
     "truncated": (lambda f: os.truncate(f / "images" / THIRD, 900), f"{THIRD} can't be read"),
@@ -114,6 +115,41 @@ BROKEN = {
     "an id twice": (put("objects.json", "pink cube", 3), "not 0, 1"),
     "a list as id": (put("objects.json", "red cube", [1]), "not 0, 1"),
 }
+
+
+def test_the_fingerprint_is_of_names_and_labels(iclevr):
+    """It selects a bundled judge, whichever version of Pillow has decoded the images."""
+    first = load_iclevr(iclevr)
+    Image.new("RGB", (40, 30), "red").save(iclevr / "images" / FIRST)
+    changed = load_iclevr(iclevr)
+    assert changed.digest != first.digest and changed.fingerprint == first.fingerprint
+    put("train.json", FIRST, ["red cube", "blue cube"])(iclevr)
+    relabelled = load_iclevr(iclevr)
+    table = (iclevr / "train.json").read_text()
+    (iclevr / "train.json").write_text(table.replace(FIRST, "A_0.png"))
+    (iclevr / "images" / FIRST).rename(iclevr / "images" / "A_0.png")
+    renamed = load_iclevr(iclevr)
+    assert torch.equal(renamed.labels, relabelled.labels)
+    assert len({data.fingerprint for data in (first, relabelled, renamed)}) == 3
+
+
+def test_sets_of_labels_are_text_or_a_list_in_a_file(tmp_path):
+    data = Data("", "scenes", "", torch.zeros(2, 3, 8, 8), torch.tensor([[0, 24, 24], [1, 2, 24]]),
+                scenes.OBJECTS, "")
+    sets = [["blue sphere", "red cube"], ["gray cylinder"]]
+    for encoding in ("utf-8", "utf-16"):  # the latter is that of Windows's editors
+        (tmp_path / "x.json").write_text(json.dumps(sets), encoding=encoding)
+        found = datasets.label_sets(str(tmp_path / "x.json"), data, 2)
+        assert torch.equal(found, datasets.label_sets("red cube,blue sphere; gray cylinder", data, 2))
+    ids = [sorted(map(scenes.OBJECTS.index, objects)) for objects in sets]
+    assert found.tolist() == [i + [24] * (3 - len(i)) for i in ids for _ in range(2)]
+    assert datasets.label_sets("", data, 3).tolist() == [[0, 24, 24], [1, 2, 24], [0, 24, 24]]
+    for content in ("[]", "{}", "3", "[3]", '[["red"]]', "{"):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(UserError, match="--labels '.*x.json' can't be read.*a file like test.json"):
+            datasets.label_sets(str(tmp_path / "x.json"), data, 2)
+    with pytest.raises(UserError, match="gone.json' can't be read .FileNotFound"):
+        datasets.label_sets("gone.json", data, 2)
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -157,11 +193,17 @@ def test_batches_cover_an_epoch_once_and_depend_on_seed_and_number_alone():
         Batches(data, 21, 0, cpu)
 
 
+def test_random_images_are_in_the_networks_range():
+    images = numbered(20).random_images(200, torch.Generator().manual_seed(0))
+    assert images.shape == (200, 1, 1, 1) and images.unique().tolist() == pytest.approx(
+        [i / 127.5 - 1 for i in range(20)])
+
+
 @pytest.mark.parametrize("free, place", [(10**9, "cuda"), (30, "cpu")])
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
 def test_images_stay_on_the_gpu_if_they_fit_and_batches_are_there(monkeypatch, free, place, name):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x if place == "cpu" else None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", None)  # of pinned memory there is little on some systems
     with FakeTensorMode():  # plays a GPU where there is none
         batches = Batches(numbered(20), 6, 1, torch.device(name))
         assert batches.images.device.type == batches.labels.device.type == place
@@ -221,7 +263,7 @@ def test_mnist_is_found_read_as_it_lies_and_resized(tmp_path, no_network):
     (images, labels, _), data = digits.render(60), load_digits("auto", 28)
     assert torch.equal(data.images, images[:40]) and torch.equal(data.test_images, images[40:])
     assert torch.equal(data.labels, labels[:40]) and torch.equal(data.test_labels, labels[40:])
-    assert (data.source, data.name, data.classes) == ("mnist", "MNIST", tuple("0123456789"))
+    assert (data.source, data.name, data.classes) == ("mnist", "data", tuple("0123456789"))
     resized, raw = load_digits(tmp_path / "data", 64), tmp_path / "data" / "MNIST" / "raw"
     assert resized.images.dtype == torch.uint8 and resized.digest != data.digest
     expected = [Image.fromarray(x[0].numpy()).resize((64, 64), Image.BILINEAR) for x in images[:40]]
@@ -229,6 +271,16 @@ def test_mnist_is_found_read_as_it_lies_and_resized(tmp_path, no_network):
     for path in [*raw.iterdir()]:
         path.rename(raw / path.name.replace("-idx", ".idx"))
     assert load_digits("auto", 28).digest == data.digest and len([*raw.iterdir()]) == 4  # none downloaded
+
+
+def test_only_mnist_is_called_so(tmp_path, no_network, monkeypatch):
+    """Other sets, such as FashionMNIST, come in the same files."""
+    data = load_digits(make_mnist(tmp_path / "Fashion"), 28)
+    assert data.name == "Fashion" and data.fingerprint == data.digest[:12]
+    judge = torch.load(BUNDLED / "mnist-32-digitnet.pt", weights_only=True)
+    assert judge["origin"] == datasets.MNIST_DIGEST  # the real one's
+    monkeypatch.setattr(datasets, "MNIST_DIGEST", data.fingerprint)
+    assert load_digits(tmp_path / "Fashion", 28).name == "MNIST"
 
 
 @pytest.mark.parametrize("place, packed, dotted", [
@@ -282,7 +334,7 @@ def test_damaged_or_missing_mnist_files_are_refused(tmp_path, no_network, name):
 
 def make_faces(folder, layout="list_attr_celeba.txt", n=20, size=(30, 40)):
     """A folder of CelebA's or the cartoon set's layout; image i is filled with the colour (10 i, 0, 0)."""
-    pictures, no = folder / datasets.FACE_LAYOUTS[layout][1], "-1" if "celeba" in layout else "0"
+    pictures, no = folder / datasets.FACE_LAYOUTS[layout][1], "0" if "cartoon" in layout else "-1"
     pictures.mkdir(parents=True)
     rows = [f"{i:03}.png " + " ".join("1" if (i >> c) % 2 else no for c in range(3)) for i in range(n)]
     (folder / layout).write_text("\n".join([str(n), "Big_Nose Hat Young", *rows]) + "\n")
@@ -291,15 +343,16 @@ def make_faces(folder, layout="list_attr_celeba.txt", n=20, size=(30, 40)):
     return folder
 
 
-@pytest.mark.parametrize("layout", ["list_attr_celeba.txt", "cartoon_attr.txt"])
-def test_faces_of_both_layouts_keep_their_own_labels(tmp_path, layout, monkeypatch):
+@pytest.mark.parametrize("layout, name", [("list_attr_celeba.txt", "CelebA"), (
+    "cartoon_attr.txt", "cartoon faces"), ("CelebAMask-HQ-attribute-anno.txt", "CelebA-HQ")])
+def test_faces_of_all_layouts_keep_their_own_labels(tmp_path, layout, name, monkeypatch):
     whole, cached = [], datasets.cached
     monkeypatch.setattr(datasets, "cached", lambda *a: whole.append(cached(*a)) or whole[-1])
     make_faces(tmp_path, layout)
     for _ in range(2):  # decoded, then from the cache
-        data = load_faces(tmp_path, 16, "Young,Big_Nose")
+        data = load_faces(tmp_path, 16, "Young, Big_Nose ")
         assert data.images.data_ptr() == whole[-1]["images"].data_ptr()  # without a second copy in memory
-        assert data.classes == ("Young", "Big_Nose") and data.groups == ()
+        assert (data.name, data.classes, data.groups) == (name, ("Young", "Big_Nose"), ())
         assert data.images.shape == (18, 3, 16, 16) and data.test_images.shape == (2, 3, 16, 16)
         found = (torch.cat([data.images, data.test_images])[:, 0, 8, 8] // 10).tolist()
         assert sorted(found) == list(range(20)) and found[:18] != sorted(found[:18])
@@ -308,8 +361,10 @@ def test_faces_of_both_layouts_keep_their_own_labels(tmp_path, layout, monkeypat
     other = load_faces(tmp_path, 16, "Young")
     assert other.digest != data.digest and torch.equal(other.images, data.images)
     if layout == "cartoon_attr.txt":
-        assert data.name == "cartoon faces"
         assert load_faces(tmp_path, 16).classes == ("Big_Nose", "Hat", "Young")  # all there are
+    else:
+        with pytest.raises(UserError, match="no Bangs"):  # the first of those of CelebA that are the default
+            load_faces(tmp_path, 16)
 
 
 def test_celeba_is_read_as_kaggle_has_it(tmp_path):
@@ -328,6 +383,84 @@ def test_celeba_is_read_as_kaggle_has_it(tmp_path):
         load_faces(tmp_path, 16, "Hat")
 
 
+def test_names_in_the_table_are_found_in_subfolders_and_however_unicode_writes_them(tmp_path):
+    """macOS composes the characters of file names in another way than Linux and Windows."""
+    pictures, e = make_faces(tmp_path) / "img_align_celeba", "\N{LATIN SMALL LETTER E WITH ACUTE}"
+    table = tmp_path / "list_attr_celeba.txt"
+    text = table.read_text()
+    (pictures / "a" / "b").mkdir(parents=True)
+    for i, (row, file) in enumerate([(f"{e}.png", "e\N{COMBINING ACUTE ACCENT}.png"), (
+            "e\N{COMBINING ACUTE ACCENT}2.png", f"{e}2.png"), ("a/0.png", "a/0.png"), ("a/b/0.png",) * 2]):
+        (pictures / f"{i:03}.png").rename(pictures / file)
+        text = text.replace(f"{i:03}.png", row)
+    table.write_text(text, encoding="utf-8")
+    data = load_faces(tmp_path, 16, "Big_Nose, Hat")
+    numbers = torch.cat([data.images, data.test_images])[:, 0, 8, 8] // 10
+    assert sorted(numbers.tolist()) == [*range(20)]
+    labels = torch.cat([data.labels, data.test_labels])
+    assert torch.equal(labels, torch.stack([numbers % 2, numbers // 2 % 2], 1).float())
+
+
+def make_classes(folder, kinds=("ant", "bee", "cat"), n=10):
+    """A folder of images for each class, of several sizes and formats; those of class k have red 100 k."""
+    for k, kind in enumerate(kinds):
+        (folder / kind / "more").mkdir(parents=True)
+        for i in range(n):
+            name = f"{'more/' * (i % 2)}{i}.{('png', 'jpg', 'webp', 'JPEG')[i % 4]}"
+            Image.new("RGB", (20 + i, 25), (100 * k % 256, 0, 0)).save(folder / kind / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pets", "CelebA-HQ"])  # which is not the one with a table
+def test_folders_of_classes_are_one_group_of_attributes(tmp_path, name):
+    folder = make_classes(tmp_path / name)
+    (folder / "bee" / "._0.png").write_bytes(b"left by macOS")
+    (folder / ".thumbnails").mkdir()
+    Image.new("RGB", (9, 9)).save(folder / ".thumbnails" / "0.png")
+    for _ in range(2):  # decoded, then from the cache
+        for attributes, classes, reds in (("", ("ant", "bee", "cat"), [0, 100, 200]),
+                                          ("cat, ant", ("cat", "ant"), [200, 0])):
+            data = load_faces(folder, 16, attributes)
+            assert (data.name, data.classes) == (name, classes)
+            assert data.groups == (tuple(range(len(classes))),) and len(data.images) == 9 * len(classes)
+            red = torch.cat([data.images, data.test_images])[:, 0, 8, 8]
+            expected = [[abs(r - x) < 9 for x in reds] for r in red.tolist()]  # as JPEG has losses
+            assert torch.cat([data.labels, data.test_labels]).tolist() == expected
+    data = datasets.load_faces(settings(data=str(folder)), labelled=False)
+    assert (data.name, data.classes, data.groups) == (name, (), ()) and len(data.images) == 27
+    with pytest.raises(UserError, match=f"--attributes dog: no dog; .*{name} has ant, bee, cat"):
+        load_faces(folder, 16, "dog")
+    with pytest.raises(UserError, match=f"{name}: 10 images are too few"):
+        load_faces(folder, 16, "ant")
+
+
+def test_there_may_be_many_classes(tmp_path):
+    kinds = [f"{k:03}" for k in range(200)]
+    data = load_faces(make_classes(tmp_path / "x", kinds, n=1), 16)
+    assert data.classes == tuple(kinds) and data.groups == (tuple(range(200)),)
+    assert torch.cat([data.labels, data.test_labels]).sum(0).eq(1).all()
+
+
+@pytest.mark.parametrize("kinds", [("ant",), ("",)])
+def test_labels_need_a_folder_for_each_class(tmp_path, kinds):
+    folder = make_classes(tmp_path / "x", kinds, n=20)
+    if kinds == ("",):
+        for path in (folder / "more").iterdir():
+            path.rename(folder / path.name)
+    with pytest.raises(UserError, match="each class of images needs a folder of its own") as error:
+        load_faces(folder, 16)
+    assert "\n" not in str(error.value)
+    assert len(datasets.load_faces(settings(data=str(folder)), labelled=False).images) == 18
+
+
+def test_images_of_kinds_that_cannot_be_read_are_counted(tmp_path, capsys):
+    folder = make_classes(tmp_path / "x")
+    for name in ("a.heic", "b.HEIC", "c.svg", "._d.svg", "notes.txt", "none"):
+        (folder / "ant" / name).write_bytes(b"")
+    load_faces(folder, 16)
+    assert "x: left out 3 images of kinds that can't be read: .heic, .svg ***" in capsys.readouterr().out
+
+
 def test_faces_are_cut_from_the_middle(tmp_path):
     image = Image.new("RGB", (30, 40), "red")
     image.paste((0, 0, 255), (0, 5, 30, 35))  # the largest square in the middle
@@ -338,7 +471,7 @@ def test_faces_are_cut_from_the_middle(tmp_path):
     assert not whole[0].any() and whole[1].bool().sum() == 100
     assert (load_faces(tmp_path, 16, "Hat", crop=10).images[:, 1] == 255).all()
     for crop, attributes, message in ((31, "Hat", "30×40 pixels are smaller than --crop 31.*--skip-bad-im"),
-                                      (0, "Hat,Hat", "a name twice"), (0, "", "no Bangs")):  # the default
+                                      (0, "Hat, Hat", "a name twice")):
         with pytest.raises(UserError, match=message):
             load_faces(tmp_path, 16, attributes, crop=crop)
 
@@ -370,7 +503,7 @@ def test_missing_and_damaged_faces_are_named_and_can_be_skipped(tmp_path, capsys
     ("004.png -1 -1 1", "004.png -1 1", "line 7: '004.png -1 1"), ("004.png -1 -1", "004.png -1 2", "line 7"),
     ("004.png", "003.png", "line 7"), ("004.png", "040.png", "040.png is missing"),
     ("Big_Nose Hat Young", "", "0 different attributes"), ("Hat Young", "Hat Hat", "2 different attributes"),
-    ("Hat", "Cap", "--attributes Hat: no Hat; .*celeba.txt has Big_Nose, Cap, Young")])
+    ("Hat", "Cap", "--attributes Hat: no Hat; .* has Big_Nose, Cap, Young")])
 def test_malformed_attribute_files_are_refused(tmp_path, old, new, message):
     table = make_faces(tmp_path) / "list_attr_celeba.txt"
     table.write_text(table.read_text().replace(old, new, 1))
@@ -418,6 +551,27 @@ def test_images_are_turned_as_their_exif_tag_says(tmp_path, suffix):
     if suffix in ("png", "webp"):  # broken EXIF data are passed over
         exif = b"Exif\0\0no header"
         assert not decoded(Image.new("RGB", (9, 9)), tmp_path / f"x.{suffix}", exif=exif).any()
+
+
+def test_colours_are_those_of_the_profile(tmp_path):
+    """A profile whose primaries red and green are exchanged stands for all those that are not sRGB's."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"____").replace(b"gXYZ", b"rXYZ").replace(b"____", b"gXYZ")
+    assert swapped != srgb
+    for mode, suffix, colour, expected in (
+            ("RGB", "png", (255, 0, 0), (0, 255, 0)), ("RGB", "jpg", (255, 0, 0), (0, 255, 0)),
+            ("RGB", "webp", (0, 255, 0), (255, 0, 0)), ("RGBA", "png", (255, 0, 0, 0), (255, 255, 255)),
+            ("RGBA", "png", (255, 0, 0, 255), (0, 255, 0))):
+        image, path = Image.new(mode, (64, 64), colour), tmp_path / f"x.{suffix}"
+        read = decoded(image, path, icc_profile=swapped).astype(int)
+        assert np.abs(read - expected).max() < 6, (mode, suffix)
+        for profile in (srgb, b"no profile", swapped[:200]):  # a broken one is passed over, as viewers do
+            without = decoded(image, path).astype(int)
+            assert np.abs(decoded(image, path, icc_profile=profile) - without).max() < 3
+    hole = dict(transparency=(9, 9, 9), icc_profile=srgb)
+    assert (decoded(Image.new("RGB", (64, 64), (9, 9, 9)), tmp_path / "x.png", **hole) > 253).all()
+    grey = decoded(Image.new("L", (64, 64), 77), tmp_path / "x.png", icc_profile=swapped)
+    assert (grey == 77).all()  # a profile of colours does not fit
 
 
 def test_no_file_starts_a_program_whatever_its_name(tmp_path):

@@ -5,11 +5,12 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from shlex import join
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY, flags, process, rows_of, run_here, same_runs
+from tests.conftest import ROOT, TINY, call, flags, process, rows_of, run_here, same_runs
 
 resource = pytest.importorskip("resource")  # POSIX
 NAME, LONG = "dcgan_mnist", 100_000
@@ -32,25 +33,28 @@ def wait_for(path: Path, pattern: str, running: subprocess.Popen, since: float =
 
 
 def test_random_kills_lose_nothing(here, pytestconfig):
-    """SIGKILL at random moments, every other one while a checkpoint is written: the same bits at the end."""
+    """SIGKILL while the first file is written, while a checkpoint is, at a random moment, and so on. The same
+    command, with --continue, is given each time: the same bits at the end.
+    """
     n, rng, killed = pytestconfig.getoption("--kills"), random.Random(time.time()), 0
     fields = dict(iters=20 * (n + 1), save_every=1, sample_every=5)
     run_here(NAME, **SETTINGS | fields, out="whole")
-    folder, command = here / "killed", arguments(here / "killed", **fields)
+    folder, command = here / "killed", ["--continue", *arguments(here / "killed", **fields)]
     for kill in range(n):
         since = time.time()
         running = subprocess.Popen(**process(NAME, *command, cwd=here))
-        wait_for(folder, "config.json", running, since)  # written when training begins
-        time.sleep(rng.uniform(0, 0.6))
-        if kill % 2 == 0:
+        wait_for(folder, ".writing-*", running, since)  # config.json, when training begins
+        if kill % 3:
+            wait_for(folder, "last.pt", running, since)
+            time.sleep(rng.uniform(0, 0.6))
+        if kill % 3 == 1:
             wait_for(folder, ".writing-*-last.pt", running)
             time.sleep(rng.uniform(0, 0.003))
         running.kill()
         running.communicate()
         killed += running.returncode == -signal.SIGKILL
-        command = ["--resume", str(folder)]
     print(f"{killed} of {n} ended in training")
-    run_here(NAME, "resume", folder)
+    assert call(NAME, *command)[::2] == (0, "")
     same_runs(folder, here / "whole")
     assert not list(folder.rglob(".writing*"))
 
@@ -68,7 +72,8 @@ def test_a_closed_terminal_and_a_closed_pipe_save(here, how):
     error = running.stderr.read()
     assert running.wait(60) == 128 + (13 if how == "pipe" else how) and "Traceback" not in error
     assert (how == "pipe") != ("saving after this step; once more to stop at once" in error)
-    assert f"to continue: {NAME}.py --resume {here / 'r'}\n" in error
+    command = join(["python", str(ROOT / f"{NAME}.py"), "--resume", str(here / "r")])
+    assert f"to continue: {command}\n" in error
     step = torch.load(here / "r" / "last.pt", weights_only=True)["step"]
     assert 0 < step < 5000 and rows_of(here / "r")[-1]["step"] == step
     run_here(NAME, "resume", here / "r", iters=step + 2)

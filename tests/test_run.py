@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import join, split
 from typing import Literal
 
 import pytest
@@ -14,9 +15,9 @@ import torch
 from torch import nn
 
 from common.datasets import Data
-from common.files import UserError, atomic_write, cached, lock, reading
+from common.files import NotFinite, UserError, atomic_write, cached, lock, reading, write_json
 from harness import device
-from harness.cli import NotFinite, Settings, Stopped, exit_status, parse, stored_config
+from harness.cli import Settings, Stopped, exit_status, parse, stored_config
 from harness.run import SIGNALS, Run, new_run_dir
 from tests.conftest import rows_of
 
@@ -75,14 +76,44 @@ def test_defaults_give_way_to_the_recipe_then_quick_then_flags(argv, recipe, exp
     assert Run(cfg, SCRIPT, recipes=RECIPES).recipe == f"recipe {recipe}{named}"
 
 
+def write_config(folder: Path, cfg: Small) -> None:
+    """A run's config.json."""
+    content = {"script": SCRIPT.name, "config": vars(cfg), "sittings": [{"commit": "c0ffee1234"}]}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(content))
+
+
 def test_a_run_is_used_with_its_own_config_and_longer_iters(tmp_path):
-    content = {"script": SCRIPT.name, "config": vars(Small(lr=0.25)), "sittings": [{"commit": "c0ffee1234"}]}
-    (tmp_path / "config.json").write_text(json.dumps(content))
+    write_config(tmp_path, Small(lr=0.25))
     action, cfg, where = call("--resume", ".", "--iters", "20", "--log-every", "1", "--lr", "0.25")
     assert (action, where, cfg) == ("resume", Path("."), Small(iters=20, lr=0.25, log_every=1))
     assert call("--sample", ".", "--seed", "5", "--judge", "none")[1] == Small(lr=0.25, seed=5, judge="none")
+    assert call(*"--eval . --judge-width 8 --judge-steps 9".split())[1] == Small(
+        lr=0.25, judge_width=8, judge_steps=9)
     for argv, message in (("--resume . --ema 0.5", "--ema is 0.0 there, 0.5 here.*only --iters, .*change"),
+                          ("--resume . --quick", "--recipe is 'paper' there, 'fast' here"),
+                          ("--resume . --judge-width 8", "--judge-width is 64 there, 8 here"),
                           ("--eval . --no-trick --loss b", "--trick is True there.*--loss is 'a' there")):
+        with pytest.raises(UserError, match=message):
+            call(*argv.split())
+
+
+def test_continue_starts_a_run_or_resumes_the_one_there(tmp_path):
+    again = "--continue --quick --ema 0.5 --out r".split()
+    for _ in range(2):
+        action, cfg, folder = call(*again)
+        assert (action, folder) == ("train", None)
+        (tmp_path / "r" / "samples").mkdir(parents=True, exist_ok=True)  # as if it had been killed there
+        (tmp_path / "r" / ".writing-9-config.json").touch()
+        Run(cfg, SCRIPT)
+    write_config(tmp_path / "r", cfg)
+    assert call(*again) == ("resume", cfg, Path("r"))
+    assert call(*again, "--iters", "20") == ("resume", Small(**vars(cfg) | dict(iters=20)), Path("r"))
+    assert call("--resume", "r", "--quick")[:2] == ("resume", cfg)
+    for argv, message in (("--continue", "--continue needs --out FOLDER"),
+                          ("--continue --out r --loss a", "--loss is 'b' there, 'a' here"),
+                          ("--continue --resume r", "not allowed with argument"),
+                          ("--continue --out r --to x", "--to is for --sample")):
         with pytest.raises(UserError, match=message):
             call(*argv.split())
 
@@ -91,7 +122,7 @@ def test_a_run_is_used_with_its_own_config_and_longer_iters(tmp_path):
 
 @pytest.mark.parametrize("raised, status, text", [
     (UserError("what, where"), 2, "error: what, where\n"), (NotFinite("g is nan"), 3, "error: g is nan\n"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried\n x"), 2, "error: CUDA out of memory. Tried\n"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\n x"), 2, "error: CUDA out of memory. Tried x\n"),
     (OSError(28, "No space left", "metrics.csv"), 2, "error: [Errno 28] No space left: 'metrics.csv'\n"),
     (Stopped("stopped", 15), 143, "\nstopped\n"), (KeyboardInterrupt(), 130, ""), (None, 0, "")])
 def test_exit_status(capsys, raised, status, text):
@@ -99,6 +130,15 @@ def test_exit_status(capsys, raised, status, text):
         if raised:
             raise raised
     assert exit_status(main) == status and tuple(capsys.readouterr()) == ("", text)
+
+
+def test_an_error_is_one_line_whatever_the_names_in_it(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    names = "one\nline\r\nof", os.fsdecode(b"\xff\x80"), "\u2028end"  # a file's name may hold these
+    assert exit_status(lambda: (_ for _ in ()).throw(UserError(" ".join(names)))) == 2
+    terminal.flush()
+    assert terminal.buffer.getvalue().decode() == "error: one line of ?? end\n"
 
 
 def test_any_error_while_a_file_is_read_names_the_file():
@@ -121,6 +161,33 @@ def test_a_file_is_complete_or_unchanged(tmp_path):
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     atomic_write(path, lambda p: p.write_text("new"), tmp_path / "previous.txt")
     assert path.read_text() == "new" and (tmp_path / "previous.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_that_another_program_has_open_is_replaced_a_little_later(tmp_path, monkeypatch, times):
+    path, waits, replace = tmp_path / "x.txt", [], os.replace
+    path.write_text("old")
+
+    def busy(*paths):
+        if len(waits) < times:
+            raise PermissionError("in use")
+        replace(*paths)
+    monkeypatch.setattr("os.replace", busy)
+    monkeypatch.setattr("time.sleep", waits.append)
+    if times == 1:
+        atomic_write(path, lambda p: p.write_text("new"))
+    else:
+        with pytest.raises(PermissionError, match="in use"):
+            atomic_write(path, lambda p: p.write_text("new"))
+    assert path.read_text() == ("new" if times == 1 else "old") and len(waits) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_holds_file_names_that_are_not_utf_8(tmp_path):
+    content = {os.fsdecode(b"caf\xe9 \xff"): ["\u00e9", os.fsdecode(b"\x80")]}
+    write_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == content and "\u00e9" in text
 
 
 def test_an_existing_folder_is_never_overwritten():
@@ -214,18 +281,60 @@ def test_what_is_not_finite_is_not_saved_and_a_loss_ends_the_run(tmp_path):
     r = train(new_run(tmp_path, iters=5))
     before = (r.folder / "last.pt").read_bytes()
     r.G.weight.data[0, 0] = torch.nan
-    with pytest.raises(NotFinite, match="G is not finite at step 5. last.pt keeps the last good state"):
+    with pytest.raises(NotFinite, match="G is not finite at step 5: resume from the last checkpoint, or st"):
         r.save("last")
     assert (r.folder / "last.pt").read_bytes() == before
     for what, row in (("opt is not finite", 1.0), ("d_loss is nan", torch.nan)):
         r = new_run(tmp_path, out=what)
-        with pytest.raises(NotFinite, match=f"{what} at step 5. There is no checkpoint yet"):
+        with pytest.raises(NotFinite, match=f"{what} at step 5: .* lower learning rate"):
             for _ in r.steps():
                 (r.G(torch.ones(1, 2)).sum() * 1e25).backward()  # Adam's second moment overflows
                 r.opt.step()
                 r.log(d_loss=torch.tensor(row))
         assert rows_of(r.folder)[-1]["d_loss"] == pytest.approx(row, nan_ok=True)
         assert r.G.weight.isfinite().all() and not (r.folder / "last.pt").exists()
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_used(tmp_path, capsys):
+    """Neither weights nor Adam's moments; those are not needed for pictures."""
+    r = train(new_run(tmp_path))
+    r.G(torch.ones(1, 2)).sum().backward()
+    r.opt.step()
+    r.save("last")
+    folder, state, used = r.folder, checkpoint(r.folder), []
+    for key, tensor in (("G", state["G"]["weight"]), ("opt", state["opt"]["state"][0]["exp_avg"])):
+        before = tensor.clone()
+        tensor[0, 0] = torch.inf
+        torch.save(state, folder / "last.pt")
+        assert exit_status(lambda: new_run(tmp_path, "resume") and used.append(1)) == 3
+        assert capsys.readouterr().err == f"error: {key} is not finite in {folder}/last.pt\n"
+        tensor.copy_(before)
+    state["G"]["weight"][0, 0] = torch.nan
+    torch.save(state, folder / "last.pt")
+    with pytest.raises(NotFinite, match="G is not finite in .*last.pt"):
+        new_run(tmp_path, "sample").load("last")
+    assert not used
+
+
+def test_rows_of_metrics_that_are_lost_are_named(tmp_path, capsys):
+    table = train(new_run(tmp_path, iters=11)).folder / "metrics.csv"
+    header, five, ten, last = table.read_text().splitlines(keepends=True)
+    for rows, ends_at in ((None, 0), ([header], 0), ([header, five], 5), ([header, five, ten], 10),
+                          ([header, five, ten, last], None)):
+        table.unlink(missing_ok=True) if rows is None else table.write_text("".join(rows))
+        capsys.readouterr()
+        train(new_run(tmp_path, "resume", iters=12, log_every=5))
+        said = f"*** {table} ends at step {ends_at}: rows up to 11 are lost ***\n"
+        output = capsys.readouterr().out
+        assert ("lost" in output) == (ends_at is not None) == (said in output)
+        assert rows_of(table.parent)[-1]["step"] == 12
+        os.replace(table.with_name("previous.pt"), table.with_name("last.pt"))  # back to step 11
+    for every in (5, 0):  # there are no rows yet, and never any
+        with pytest.raises(Stopped):
+            for _ in new_run(tmp_path, out=f"every {every}/r", log_every=every).steps():
+                signal.raise_signal(signal.SIGINT)
+        train(new_run(Path(f"every {every}"), "resume", log_every=every and 1))
+        assert "lost" not in capsys.readouterr().out
 
 
 def flip_a_bit(path: Path, x: torch.Tensor) -> None:
@@ -304,25 +413,16 @@ def test_a_file_system_without_locks_goes_without(tmp_path, monkeypatch, number)
         pass
 
 
-def test_dead_training_is_noticed_once(tmp_path, capsys):
-    r = new_run(tmp_path, iters=30, log_every=1)
-    for step in r.steps():
-        r.log(d_loss=torch.tensor(0.0 if step > 5 else 1.0))
-        if r.is_due("sample"):
-            r.log_images(torch.full((2, 1, 8, 8), step / 40))
-    text = capsys.readouterr().out
-    assert text.count("step 15: D's loss has been zero for ten rows") == 1 == text.count("D's loss")
-    assert text.count("step 5: the generated images hardly differ") == 1 == text.count("hardly differ")
-
-
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_saves_and_the_second_ends_at_once(tmp_path, number):
     before, r = signal.getsignal(number), new_run(tmp_path)
-    with pytest.raises(Stopped, match="stopped at step 3; to continue: test_run.py --resume") as stopped:
+    with pytest.raises(Stopped) as stopped:
         for step in r.steps():
             if step == 3:
                 signal.raise_signal(number)
-    assert checkpoint(r.folder)["step"] == 3 and stopped.value.args[1] == number
+    command = join(["python", sys.argv[0], "--resume", str(r.folder)])
+    assert stopped.value.args == (f"stopped at step 3; to continue: {command}", number)
+    assert checkpoint(r.folder)["step"] == 3
     assert signal.getsignal(number) == before  # outside of the loop a signal does what it did
     r = new_run(tmp_path, "resume")
     with pytest.raises(Stopped, match="^.'stopped', "):
@@ -330,6 +430,25 @@ def test_the_first_signal_saves_and_the_second_ends_at_once(tmp_path, number):
             for _ in range(2):
                 signal.raise_signal(number)
     assert checkpoint(r.folder)["step"] == 3
+
+
+def test_commands_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["my code/test_run.py", "--out", "a'b", "--iters=9"])
+    r = new_run(tmp_path, out="a'b")
+    with pytest.raises(Stopped) as stopped:
+        for _ in r.steps():
+            signal.raise_signal(signal.SIGINT)
+    assert stopped.value.args[0].endswith("to continue: python 'my code/test_run.py' --resume 'a'\"'\"'b'")
+    sitting, = json.loads((r.folder / "config.json").read_text())["sittings"]
+    assert split(sitting["command"]) == ["python", *sys.argv] and sitting["command"].startswith("python 'my")
+    assert sitting["processes"] == 1
+
+
+def test_a_run_needs_no_standard_output(tmp_path, monkeypatch):
+    """As under pythonw, or with >&- in a shell."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert exit_status(lambda: train(new_run(tmp_path)) and None) == 0
+    assert checkpoint(tmp_path / "r")["step"] == 10
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):

@@ -73,7 +73,10 @@ def test_a_run_leaves_everything_and_the_best_of_its_scored_steps(finished, name
     assert scores["data"].startswith("synthetic ") and "held-out accuracy" in scores["judge"]
     assert scores["last"]["step"] == 9 and scores["summary"]
     assert all(value == scores[SHOWN[name]][column] for column, value in scores["summary"].items())
-    for line in ("device: cpu", "data: synthetic", "judge: (ResNet|digit)", "run: "):  # what each start says
+    judges = ["digit CNN"] if "mnist" in name else ["VGG", "ResNet-18"]  # the first reports
+    assert re.findall("^judge: (.*) of width", output, re.M) == judges
+    assert scores["judge"].startswith(judges[0]) and ("chosen_by" in scores) == (len(judges) == 2)
+    for line in ("device: cpu", "data: synthetic", "run: "):  # what each start says
         assert len(re.findall(f"^{line}", output, re.M)) == 1, line
     assert output.count("FID") == output.count("FID: not measured") == ("iclevr" not in name)  # by this name
     best = torch.load(folder / "best.pt", weights_only=True)
@@ -89,11 +92,12 @@ def test_all_that_a_run_leaves_names_its_recipe(finished, name):
     (folder, output, titles), values = finished(name), importlib.import_module(name).RECIPES[OTHER[name]]
     scores, content = scores_of(folder), json.loads((folder / "config.json").read_text())
     changed = [f"{f} {TINY[name][f]}" for f in values if values[f] != TINY[name].get(f, values[f])]
-    assert scores["recipe"] == ", ".join([f"recipe {OTHER[name]}", *changed])
+    assert scores["recipe"] == ", ".join([OTHER[name], *changed])
     assert content["config"]["recipe"] == OTHER[name]
     assert f"--recipe {OTHER[name]}" in content["sittings"][0]["command"]
-    assert f"{folder.name}: {scores['data']}, {scores['recipe']}, " in output
-    assert all(t.startswith(f"{name} on {scores['data']}, {scores['recipe']}, ") for t in titles)
+    about = f"{scores['data']}, recipe {scores['recipe']}, "
+    assert f"{folder.name}: data {about}judge {scores['judge']}, " in output
+    assert all(title.startswith(f"{name} on {about}") for title in titles)
     steps = [int(re.search(r", seed 0, step (\d+)", title)[1]) for title in titles]
     assert steps[:3] == [3, 6, 9] and set(steps[3:]) == {scores[SHOWN[name]]["step"]}
     assert len(steps) >= 3 + len(GRIDS[name])
@@ -105,12 +109,14 @@ def test_eval_and_sample_read_the_same_checkpoint_again(finished, workdir, monke
     monkeypatch.chdir(workdir)
     before = scores_of(folder)
     grids = {folder / f"{grid}.png": (folder / f"{grid}.png").read_bytes() for grid in GRIDS[name]}
-    for path in [folder / "scores.json", *grids]:
+    (folder / "scores.json").write_text(json.dumps({k: v for k, v in before.items() if k == "chosen_by"}))
+    for path in grids:
         path.unlink()
     run_here(name, "eval", folder)
     assert not any(path.exists() for path in grids)
     after = scores_of(folder)
-    assert after.keys() == before.keys() and after["recipe"] == before["recipe"]
+    assert after.keys() == before.keys()  # the judge that chose best.pt is kept
+    assert all(after.get(key) == before.get(key) for key in ("recipe", "chosen_by"))
     for column, (mean, _) in before["summary"].items():
         assert after["summary"][column][0] == pytest.approx(mean, rel=1e-3, abs=1e-6), column
     (folder / "scores.json").unlink()
@@ -199,7 +205,7 @@ def test_other_runs_and_unknown_recipes_are_refused(finished, refuses, name):
     refuses(name, "--sample", folder, "--save-every", "9", message="--save-every is 4 there, 9 here")
     refuses(name, "--eval", finished(other)[0], message=f"is a run of {other}.py")
     refuses(name, *tiny, "--out", folder, message="already exists")
-    refuses(name, *tiny, "--data", "nowhere", message="nowhere")
+    refuses(name, *tiny, "--data", "nowhere", message="--data nowhere: there is no such folder\n")
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
@@ -209,6 +215,25 @@ def test_resuming_with_other_images_is_refused(here, iclevr):
     Image.new("RGB", (40, 30)).save(next((iclevr / "images").iterdir()))
     with pytest.raises(UserError, match="does not hold the images"):
         run_here("sngan_iclevr", "resume", folder, iters=4)
+
+
+def test_folders_of_images_train_with_their_classes_or_without_labels(here):
+    """Any pictures, a class of them in each folder; more classes than a picture has rows."""
+    for i in range(180):
+        path = here / "pets" / f"kind {i % 45}" / f"{i}.{('png', 'jpg', 'webp')[i % 3]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30 + i % 9, 40), (i % 45 * 5, i, 0)).save(path)
+    fields = dict(data=str(here / "pets"), iters=2)
+    status, output, errors = call("acgan_celeba", *flags(TINY["acgan_celeba"] | fields | dict(out="r")))
+    assert (status, errors) == (0, "") and "162 training images" in output
+    scores = scores_of(here / "r")
+    assert (scores["data"], scores["attributes"]) == ("pets", ["kind 0 … kind 9"])
+    shutil.rmtree(here / "pets" / "kind 0")
+    call("acgan_celeba", "--sample", "r", "--to", "images", "--n", "5", "--with", "kind 7")
+    assert [*json.loads(Path("images", "labels.json").read_text()).values()] == [["kind 7"]] * 5
+    status, output, errors = call("vae_celeba", *flags(TINY["vae_celeba"] | fields | dict(out="v")))
+    assert (status, errors) == (0, "") and "no judge and no scores: the images have no labels" in output
+    assert (here / "v" / "reconstructions.png").exists() and not (here / "v" / "scores.json").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -56,6 +56,7 @@ def test_each_combination_is_a_run(tmp_path):
     ("dcgan_mnist seed=1,1", "different values"), ("dcgan_mnist data=a/b,a_b", "different values"),
     ("dcgan_mnist seed=1 -- --out y", "--out after --"), ("dcgan_mnist iters=2,0", "--iters 0"),
     ("dcgan_mnist seed=1 -- --resume=y", "--resume after --"),
+    ("dcgan_mnist seed=1 -- --continue", "--continue after --"),
     ("dcgan_mnist recipe=paper,other", "invalid choice: 'other'"), ("dcgan_mnist", "required"),
     ("evaluator seed=1", "not a script of this collection"), ("dcgan_mnist seed=1 --jobs 0", "at least 1"),
 ])

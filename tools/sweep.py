@@ -134,7 +134,7 @@ def combinations(script: str, sweep: list[str], flags: list[str], out: Path) -> 
     fields = {name: field.type for name, field in module.Config.__dataclass_fields__.items() if name != "out"}
     variants = getattr(module, "VARIANTS", {})
     options, swept = [], set()  # an option is {part of the folder's name: flags}
-    for own in {f.split("=")[0] for f in flags} & {f"--{name}" for name in ("out", *ACTIONS)}:
+    for own in {f.split("=")[0] for f in flags} & {f"--{name}" for name in ("out", "continue", *ACTIONS)}:
         raise UserError(f"{own} after --: the sweep sets it for each run; leave it out")
     for item in sweep:
         name, _, values = item.partition("=")
