@@ -330,8 +330,10 @@ def test_rows_of_metrics_that_are_lost_are_named(tmp_path, capsys):
         assert rows_of(table.parent)[-1]["step"] == 12
         os.replace(table.with_name("previous.pt"), table.with_name("last.pt"))  # back to step 11
     for every in (5, 0):  # there are no rows yet, and never any
+        run = new_run(tmp_path, out=f"every {every}/r", log_every=every)
         with pytest.raises(Stopped):
-            for _ in new_run(tmp_path, out=f"every {every}/r", log_every=every).steps():
+            for _ in run.steps():
+                run.log(d_loss=torch.ones(()))
                 signal.raise_signal(signal.SIGINT)
         train(new_run(Path(f"every {every}"), "resume", log_every=every and 1))
         assert "lost" not in capsys.readouterr().out
