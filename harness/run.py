@@ -32,7 +32,6 @@ from harness.device import hardware, pick_device, pick_precision, provenance
 from harness.pictures import save_curves, save_gif, save_grid
 
 SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")]
-ADVICE = "resume from the last checkpoint, or start anew, with a lower learning rate"
 SAMPLES = f"step_{'[0-9]' * 7}.png"  # other files in samples/ are not ours
 
 
@@ -135,7 +134,7 @@ class Run:
         if not self.is_main:
             return
         state = {key: thing.state_dict() for key, thing in self.tracked.items()}
-        check_finite(state, f"at step {self.step}: {ADVICE}")
+        check_finite(state, f"at step {self.step}: try --resume {self.folder} with a lower learning rate")
         state |= dict(step=self.step, best=self.best, means=self.means, data=self.data.metadata(), rng=rng,
                       config=vars(self.cfg))
         previous = self.folder / "previous.pt" if name == "last" else None
@@ -291,7 +290,8 @@ class Run:
             if self.writer:
                 self.writer.add_scalar(name, value, self.step)
             if not math.isfinite(value):
-                raise NotFinite(f"{name} is {value} at step {self.step}: {ADVICE}")
+                raise NotFinite(f"{name} is {value} at step {self.step}: try --resume {self.folder} with a "
+                                "lower learning rate")
 
     def _say(self, line: str) -> None:
         """Print the status line; on a terminal it is cut to the width and rewritten in place."""
