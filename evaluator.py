@@ -258,12 +258,6 @@ def split(data: Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.T
     return data.images[~test], data.labels[~test], data.images[test], data.labels[test]
 
 
-def validation_images(data: Data) -> torch.Tensor:
-    """As many training images as there are test images: best.pt is chosen by the distance to these."""
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
-    return data.images[order[:len(data.test_images)]]
-
-
 def validation_sets(data: Data, n: int = 96) -> torch.Tensor:
     """Label sets [≤ n, 3] of training scenes, up to n/3 of 1, 2, 3 objects each, that are in no test list (if
     there are any): best.pt is chosen by these.
@@ -414,7 +408,8 @@ class Scorer:
         if data.domain == "scenes":
             self.validation, self.test_stats = {"val": validation_sets(data), **data.test_label_sets}, None
         else:
-            self.validation = chooser and chooser.stats(validation_images(data))
+            # as many training images, which are in random order, as there are test images
+            self.validation = chooser and chooser.stats(data.images[:len(data.test_images)])
             self.test_stats = judge.stats(data.test_images)
 
     def validate(self, sample: Sampler) -> dict[str, float]:
@@ -476,8 +471,6 @@ def finish(run: Run, data: Data, scorer: Scorer | None, sample: Sampler, save_pi
     if not run.is_main:
         return {}
     names = [name for name in ("last", "best") if (run.folder / f"{name}.pt").exists()]
-    if not names:
-        raise UserError(f"{run.folder} has no checkpoint yet: continue it with --resume")
     scores = scorer.scale() if scorer else {}
     for name in sorted(names, key=lambda name: name == shown)[-2 if scorer else -1:]:  # the shown one last
         step = run.load(name)["step"]

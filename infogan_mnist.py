@@ -68,7 +68,6 @@ RECIPES = {
 }
 QUICK = dict(recipe="robust", iters=9000, batch_size=64, ch=32, image_size=32, eval_images=2000,
              log_every=100, sample_every=300, eval_every=3000, save_every=1000)
-COLUMNS = ["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)", "FID"]  # of the table of scores
 
 
 # ---------------------------------------------------------------------- networks
@@ -244,7 +243,7 @@ def matched_digits(run: Run) -> list[int]:
 
 
 def score_codes(cfg: Config, generate: Callable, judge: evaluator.Judge, draws: int, seed: int) -> dict:
-    """Scores of the codes, (mean, std) over draws: COLUMNS and, as match takes them, "shares" [K, 10]."""
+    """Scores of the codes, (mean, std) over draws; "shares" [K, 10] is as match takes it."""
     sizes = cfg.z_dim, cfg.n_categories, cfg.n_continuous
     digits = partial(category_digits, generate, judge, cfg.eval_images, *sizes)
     effects = partial(code_effects, generate, *sizes)
@@ -282,9 +281,6 @@ def main(run: Run) -> None:
         z, codes = uniform(n, cfg.z_dim, g=g), uniform(n, cfg.n_continuous, g=g)
         return generate(z, category, codes), torch.cat([category[:, None], codes], 1) if cfg.to else None
 
-    def describe(codes: Tensor) -> list[dict]:
-        return [{"category": int(k), "digit": digits[int(k)], "codes": c} for k, *c in codes.tolist()]
-
     for step in run.steps():
         real, _ = batches(step - 1)
         z = uniform(len(real), cfg.z_dim, device=device)
@@ -307,8 +303,10 @@ def main(run: Run) -> None:
             run.log_scores(**scorer.validate(sample), accuracy_code=codes["code → digit"][0])
 
     evaluator.finish(run, data, scorer, sample, lambda: save_pictures(generate, data, run), "last",
-                     columns=COLUMNS, describe=describe,  # and other z than best.pt was chosen with
-                     more=lambda: score_codes(cfg, generate, scorer.judge, cfg.eval_draws, cfg.seed + 1))
+                     columns=["code → digit", "a code ~ slant", "a code ~ width", "FD (judge)", "FID"],
+                     more=lambda: score_codes(cfg, generate, scorer.judge, cfg.eval_draws, cfg.seed + 1),
+                     describe=lambda found: [{"category": int(k), "digit": digits[int(k)], "codes": codes}
+                                             for k, *codes in found.tolist()])
 
 
 if __name__ == "__main__":

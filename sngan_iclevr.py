@@ -9,7 +9,6 @@ auxiliary classifier (Odena et al. 2017). Results, with commands and hardware: r
 """
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -194,7 +193,8 @@ class Discriminator(nn.Module):
 
 
 # ---------------------------------------------------------------------- one step of D, one of G
-D_LOSS = {"hinge": losses.hinge_d, "rahinge": partial(losses.rahinge, mean=dist.mean), "rpgan": losses.rpgan}
+D_LOSS = {"hinge": losses.hinge_d, "rpgan": losses.rpgan,
+          "rahinge": lambda first, second: losses.rahinge(first, second, dist.mean)}
 
 
 def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:

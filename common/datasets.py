@@ -74,19 +74,14 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def pick_source(data: str, real: str) -> str:
+def pick_source(data: str, real: str = "") -> str:
     """Resolve --data: "auto" is the real set's folder if it exists, else "synthetic", with a notice."""
+    if data not in ("auto", "synthetic") and not Path(data).is_dir():
+        raise UserError(f"--data {data}: there is no such folder")
     if data != "auto" or Path(real).is_dir():
-        return real if data == "auto" else existing(data)
+        return real if data == "auto" else data
     print(f"*** {real} does not exist: using SYNTHETIC images instead (--data PATH names the real set) ***")
     return "synthetic"
-
-
-def existing(data: str) -> str:
-    """--data, if it is "synthetic" or a folder that exists; else UserError."""
-    if data != "synthetic" and not Path(data).is_dir():
-        raise UserError(f"--data {data}: there is no such folder")
-    return data
 
 
 # ---------------------------------------------------------------------- i-CLEVR
@@ -197,7 +192,7 @@ def load_digits(cfg, image_size: int) -> Data:
         sets = [(d["images"][part], d["labels"][part]) for part in (slice(n), slice(n, None))]
         fingerprint, digest = d["key"], digest_of(d["key"], d["labels"])
     else:
-        root = Path("data" if source == "mnist" else existing(source))
+        root = Path("data" if source == "mnist" else pick_source(source))
         sets = [read_mnist(root, train, download=source == "mnist") for train in (True, False)]
         fingerprint = digest = digest_of("", *(x for pair in sets for x in pair))
         name = "MNIST" if digest == MNIST_DIGEST else root.resolve().name  # FashionMNIST has the same layout

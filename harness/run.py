@@ -72,23 +72,21 @@ class Run:
 
     def get_data(self, load: Callable[..., Data], *args) -> Data:
         """load(cfg, …); for --sample, and to score scenes, the metadata in the checkpoint will do."""
-        problem = None
+        if self.action not in ("sample", "eval"):
+            data = load(self.cfg, *args) if self.is_main else None
+            dist.all_reduce_max(0)  # the others read the cache that rank 0 has written
+            return data or load(self.cfg, *args)
+        names = [name for name in ("best", "last") if (self.folder / f"{name}.pt").exists()]
+        if not names:
+            raise UserError(f"{self.folder} has no checkpoint yet: continue it with --resume")
+        known = Data.from_metadata(self._read(names[0])["data"])
         try:
-            if not self.cfg.to:
-                data = load(self.cfg, *args) if self.is_main else None
-                dist.all_reduce_max(0)  # the others read the cache that rank 0 has written
-                return data or load(self.cfg, *args)
+            return known if self.cfg.to else load(self.cfg, *args)
         except UserError as error:
-            problem = error
-        if problem and self.action not in ("sample", "eval"):
-            raise problem
-        name = next((n for n in ("best", "last") if (self.folder / f"{n}.pt").exists()), "last")
-        data = Data.from_metadata(self._read(name)["data"])
-        if problem and self.action == "eval" and data.domain != "scenes":
-            raise problem
-        if problem:
-            print(f"*** {problem} ***\n*** going on without the images ***")
-        return data
+            if self.action == "eval" and known.domain != "scenes":
+                raise
+            print(f"*** {error} ***\n*** going on without the images ***")
+            return known
 
     def register(self, data: Data, *parts: str, **tracked) -> None:
         """Name what a checkpoint holds: objects with a state_dict. When resuming, load the newest into them,
