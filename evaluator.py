@@ -23,7 +23,8 @@ from torchvision.models.vgg import make_layers
 from common.blocks import multi_hot, random_translate
 from common.datasets import Data, to_float
 from common.fid import FeatureStats, Inception, features, frechet_distance, load_inception
-from common.files import NotFinite, UserError, atomic_write, reading, write_json
+from common.files import UserError, atomic_write, reading, write_json
+from harness.cli import NotFinite
 from harness.pictures import names_of, save_images
 from harness.run import Run
 from synthetic.measures import count_digits

@@ -18,16 +18,12 @@ class UserError(Exception):
     """A mistake in the user's input, in one line: what, where, what to do. Ends a script with status 2."""
 
 
-class NotFinite(Exception):
-    """A loss, a weight or an image is not finite. Ends a script with status 3."""
-
-
 @contextlib.contextmanager
 def reading(path: Path | str, expected: str):
     """Turn any error while a user's file is read into a UserError: file, reason, what it should be."""
     try:
         yield
-    except (UserError, NotFinite):
+    except UserError:
         raise
     except Exception as error:  # readers of damaged files raise all kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

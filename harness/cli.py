@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from common.files import NotFinite, UserError, reading
+from common.files import UserError, reading
 
 ACTIONS = {"resume": "continue", "sample": "save pictures of", "eval": "score"}
 CONTINUE = "resume the run in --out, or start it where there is none: for jobs that are requeued"
@@ -24,6 +24,10 @@ FREE_ON_USE = [*ON_DEMAND, *"device precision data judge judge_width judge_steps
 LEAST = dict(batch_size=2, eval_images=2, judge_width=4, n_categories=2)  # minimum values other than 1
 BELOW = dict(ema=1, beta1=1, beta2=1, flip_labels=1)
 LARGEST = {int: 10**9, float: math.inf}  # a seed of 10¹³ would overflow
+
+
+class NotFinite(Exception):
+    """A loss, a weight or an image is not finite. Ends a script with status 3."""
 
 
 class Stopped(KeyboardInterrupt):

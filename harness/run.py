@@ -16,18 +16,9 @@ import torch
 from torchvision.transforms.functional import pil_to_tensor
 
 from common.datasets import Data
-from common.files import (
-    TEMPORARY,
-    NotFinite,
-    UserError,
-    atomic_write,
-    load_verified,
-    lock,
-    reading,
-    write_json,
-)
+from common.files import TEMPORARY, UserError, atomic_write, load_verified, lock, reading, write_json
 from harness import dist
-from harness.cli import Settings, Stopped, exit_status, parse
+from harness.cli import NotFinite, Settings, Stopped, exit_status, parse
 from harness.device import hardware, pick_device, pick_precision, provenance
 from harness.pictures import save_curves, save_gif, save_grid
 
@@ -153,9 +144,9 @@ class Run:
         """
         state, path = self._read(name), self.folder / f"{name}.pt"
         keys = self.tracked if everything else state.get("only", self.tracked)
+        check_finite({key: state.get(key, {}) for key in keys}, f"in {path}")
         with reading(path, f"a checkpoint of this run. If a network in {self.script.name} was changed since, "
                      "start a new run"):
-            check_finite({key: state[key] for key in keys}, f"in {path}")
             for key in keys:
                 thing = self.tracked[key]
                 if isinstance(thing, torch.optim.Optimizer):  # learning rates as config.json has them now

@@ -15,7 +15,8 @@ from torch.nn.functional import one_hot
 import evaluator
 from common.datasets import Data, load_faces, load_iclevr, to_float
 from common.fid import FeatureStats
-from common.files import NotFinite, UserError
+from common.files import UserError
+from harness.cli import NotFinite
 from synthetic import scenes
 from synthetic.digits import render
 from tests.conftest import Reader, get_judge, judge_of, make_iclevr, run_here, settings

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from common.datasets import Data
-from common.files import NotFinite, UserError, atomic_write, cached, lock, reading, write_json
+from common.files import UserError, atomic_write, cached, lock, reading, write_json
 from harness import device
-from harness.cli import Settings, Stopped, exit_status, parse, stored_config
+from harness.cli import NotFinite, Settings, Stopped, exit_status, parse, stored_config
 from harness.run import SIGNALS, Run, new_run_dir
 from tests.conftest import rows_of
 
