@@ -370,17 +370,15 @@ def distance(a: FeatureStats, b: FeatureStats) -> float:
 
 
 def get_inception(weights: str, device: torch.device) -> Inception | None:
-    """Load FID's Inception per --fid-weights; with "auto", return None (and say why) if unavailable."""
-    if weights == "auto" and device.type == "cpu":
-        print("FID: not measured on a CPU unless --fid-weights names the file of its network")
-    elif weights != "none":
-        try:
-            return load_inception(weights, device)
-        except UserError as error:
-            if weights != "auto":
-                raise
-            print(f"FID: not measured: {error}")
-    return None
+    """Load FID's Inception per --fid-weights; "auto": on a GPU only, or None (and why) if unavailable."""
+    if weights == "none" or weights == "auto" and device.type == "cpu":
+        return None
+    try:
+        return load_inception(weights, device)
+    except UserError as error:
+        if weights != "auto":
+            raise
+        print(f"FID: not measured: {error}")
 
 
 @torch.no_grad()

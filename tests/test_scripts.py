@@ -78,7 +78,7 @@ def test_a_run_leaves_everything_and_the_best_of_its_scored_steps(finished, name
     assert scores["judge"].startswith(judges[0]) and ("chosen_by" in scores) == (len(judges) == 2)
     for line in ("device: cpu", "data: synthetic", "run: "):  # what each start says
         assert len(re.findall(f"^{line}", output, re.M)) == 1, line
-    assert output.count("FID") == output.count("FID: not measured") == ("iclevr" not in name)  # by this name
+    assert "FID" not in output  # on a CPU
     best = torch.load(folder / "best.pt", weights_only=True)
     column, sign = ("accuracy_val", 1) if "iclevr" in name else ("fd_judge", -1)
     values = {row["step"]: sign * row[column] for row in rows if column in row}
