@@ -171,9 +171,8 @@ def d_step(body: nn.Module, D: nn.Module, opt: Optimizer, real: Tensor, fake: Te
 
 def g_step(body: nn.Module, D: nn.Module, Q: nn.Module, opt: Optimizer, fake: Tensor, changed: Tensor,
            category: Tensor, continuous: Tensor, cfg: Config) -> dict:
-    """Update G and Q's head by images fake = G(codes), still attached to G; only D's step trains the body.
-    Q reads the category from `changed`, the same images after random_affine. Reads cfg.q_weight, augment,
-    precision.
+    """Update G and Q's head by images fake = G(codes), still attached to G. Q reads the category from
+    `changed`, these images after random_affine. Reads cfg.q_weight, augment, precision.
     """
     with no_param_grads(body, D), autocast(fake, cfg.precision):
         h = body(fake)

@@ -223,15 +223,13 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
 
 
 def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
-    """Update G by its images fake = G(z, y), still attached to it; real images are used only by the
-    relativistic losses. Reads cfg.loss, aux_weight, precision.
-    """
+    """Update G by its images fake = G(z, y), still attached to it. Reads cfg.loss, aux_weight, precision."""
     aux = real.new_zeros(())
     with no_param_grads(D), cached_spectral_norm(D), autocast(real, cfg.precision):
         score, logits = D(fake, y)
         if cfg.loss == "hinge":  # -E[D(G(z))] (Miyato et al. 2018, eq. 17)
             loss = -score.float().mean()
-        else:
+        else:  # only the relativistic losses use real images
             loss = D_LOSS[cfg.loss](score.float(), D(real, y)[0].float())
     if cfg.aux_weight:
         aux = losses.aux_classification_loss(logits, y)
