@@ -59,7 +59,7 @@ def replace(path: Path, new: Path) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    # names of files may be no UTF-8: such a character is written as JSON's \\udcff
+    # names of files may be no UTF-8: such a character is written as JSON's \udcff
     atomic_write(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 

@@ -5,7 +5,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_reduce
 
 
 def rank() -> int:
@@ -47,7 +46,10 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 def mean(x: torch.Tensor) -> torch.Tensor:
     """The mean of x over all processes, with its gradient."""
-    return all_reduce(x.mean()) / world_size() if world_size() > 1 else x.mean()
+    if world_size() == 1:
+        return x.mean()
+    from torch.distributed.nn.functional import all_reduce  # deprecated, but there is no other yet
+    return all_reduce(x.mean()) / world_size()
 
 
 def all_reduce_max(number: int) -> int:
