@@ -60,6 +60,7 @@ class Config(Settings):
     clip: float = 0.01  # wgan-clip: largest absolute weight of D
     aux_weight: float = 20.0  # λ of the attributes' cross-entropy, in both losses
     augment: float = 0.0  # shift D's images at random by up to this share of their size; 0: no
+    lr_decay_from: float = 0.0  # iteration (below 1: share of --iters) from which rates fall to 0; 0: never
     beta1: float = 0.5  # Adam's β1, from WGAN-GP (the reference report states none)
     beta2: float = 0.9  # Adam's β2, likewise
 
@@ -286,6 +287,8 @@ def main(run: Run) -> None:
         return ema(torch.randn(n, cfg.z_dim, generator=g), y), y
 
     for step in run.steps():
+        share = blocks.linear_decay(step, cfg.iters, cfg.lr_decay_from)
+        opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * share, cfg.lr_d * share
         for k in range(cfg.n_dis):  # each step of D has its own images; G's step shares the last ones
             real, y = batches((step - 1) * cfg.n_dis + k)
             with autocast(real, cfg.precision):

@@ -24,12 +24,12 @@ from torch.optim import Adam, Optimizer
 
 import evaluator
 from common import losses
-from common.blocks import EMA, autocast, init_dcgan, multi_hot, no_param_grads, random_translate
-from common.datasets import Batches, Data, label_sets, load_iclevr
+from common.blocks import EMA, autocast, init_dcgan, linear_decay, multi_hot, no_param_grads, random_translate
+from common.datasets import Batches, label_sets, load_iclevr
 from common.files import UserError
 from harness import dist
 from harness.cli import Settings
-from harness.pictures import names_of, real_above_generated, save_grid
+from harness.pictures import names_of, save_scenes
 from harness.run import Run, launch
 
 
@@ -59,6 +59,7 @@ class Config(Settings):
     augment: float = 0.0  # shift D's images at random by up to this share of their size; 0: no
     beta1: float = 0.5  # Adam's β1, for both networks
     beta2: float = 0.999  # Adam's β2
+    lr_decay_from: float = 0.0  # iteration (below 1: share of --iters) from which rates fall to 0; 0: never
 
     def __post_init__(self):
         super().__post_init__()
@@ -205,24 +206,6 @@ def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     return dict(g_loss=loss, d_fake_updated=score.sigmoid().mean(), aux_fake=aux)
 
 
-# ---------------------------------------------------------------------- sample grids
-def save_pictures(ema: EMA, data: Data, run: Run) -> None:
-    """Save grids: both test lists, each object alone, and training images above generated ones."""
-    g = torch.Generator().manual_seed(run.cfg.seed)
-    alone = F.pad(torch.arange(len(data.classes))[:, None], (0, 2), value=len(data.classes))
-    for name, y in {**data.test_label_sets, "objects": alone}.items():
-        images = ema(torch.randn(len(y), run.cfg.z_dim, generator=g), y)
-        save_grid(run.folder / f"{name}.png", images, captions=names_of(y, data.classes),
-                  title=f"{run.title}: {name}, requested objects below each image")
-    if len(data.images):
-        index = torch.randint(len(data.images), (32,), generator=g)
-        y = data.labels[index]
-        images = real_above_generated(data.images[index], ema(torch.randn(32, run.cfg.z_dim, generator=g), y))
-        save_grid(run.folder / "real_beside_generated.png", images,
-                  f"{run.title}: training images, below each row generated ones with the same labels",
-                  captions=names_of(y.view(4, 8, 3).repeat(1, 2, 1).flatten(0, 1), data.classes))
-
-
 # ---------------------------------------------------------------------- training
 def main(run: Run) -> None:
     cfg, device = run.cfg, run.device
@@ -246,9 +229,10 @@ def main(run: Run) -> None:
         return ema(torch.randn(n, cfg.z_dim, generator=g), y), y
 
     for step in run.steps():
+        share = linear_decay(step, cfg.iters, cfg.lr_decay_from)
         if cfg.halve_every:
-            share = 0.5 ** ((step - 1) // batches.per_epoch // cfg.halve_every)
-            opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * share, cfg.lr_d * share
+            share *= 0.5 ** ((step - 1) // batches.per_epoch // cfg.halve_every)
+        opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * share, cfg.lr_d * share
         real, y = batches(step - 1)
         with autocast(real, cfg.precision):
             fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
@@ -262,7 +246,7 @@ def main(run: Run) -> None:
         if scorer and run.is_due("eval"):
             run.log_scores(**scorer.validate(sample))
 
-    evaluator.finish(run, data, scorer, sample, lambda: save_pictures(ema, data, run),
+    evaluator.finish(run, data, scorer, sample, lambda: save_scenes(sample, data, run),
                      labels=label_sets(cfg.labels, data, cfg.n))
 
 

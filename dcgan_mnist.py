@@ -19,7 +19,7 @@ from torch.optim import Adam, Optimizer
 
 import evaluator
 from common import losses
-from common.blocks import EMA, autocast, init_dcgan, no_param_grads
+from common.blocks import EMA, autocast, init_dcgan, linear_decay, no_param_grads
 from common.datasets import Batches, Data, load_digits
 from harness import dist
 from harness.cli import Settings
@@ -43,6 +43,7 @@ class Config(Settings):
     gamma: float = 0.0  # γ of R1 and R2, penalties on D's gradients at real and generated images
     beta1: float = 0.5  # Adam's β1, for both networks
     beta2: float = 0.999  # Adam's β2
+    lr_decay_from: float = 0.0  # iteration (below 1: share of --iters) from which rates fall to 0; 0: never
     data: str = "auto"  # auto (MNIST if available, else synthetic), mnist, synthetic, or a folder of MNIST
     n_synthetic: int = 60_000  # synthetic digits to train on
     eval_images: int = 10_000  # generated images per draw that are scored
@@ -180,6 +181,8 @@ def main(run: Run) -> None:
         return ema(torch.randn(n, cfg.latent_dim, generator=g)), None
 
     for step in run.steps():
+        share = linear_decay(step, cfg.iters, cfg.lr_decay_from)
+        opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * share, cfg.lr_d * share
         real, _ = batches(step - 1)
         with autocast(real, cfg.precision):
             fake = G(torch.randn(len(real), cfg.latent_dim, device=device))

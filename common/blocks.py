@@ -1,4 +1,4 @@
-"""Shared building blocks: cached spectral norm, DCGAN initialisation, EMA, random shifts."""
+"""Shared building blocks: cached spectral norm, DCGAN initialisation, falling rates, EMA, random shifts."""
 import contextlib
 import copy
 
@@ -68,6 +68,14 @@ def init_dcgan(net: nn.Module) -> nn.Module:
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     return net
+
+
+def linear_decay(step: int, iters: int, start: float) -> float:
+    """Factor of the learning rates in iteration `step` of 1 … iters: 1 up to iteration `start` (below 1: that
+    share of iters), then falling linearly towards 0. start 0: always 1.
+    """
+    start *= iters if start < 1 else 1
+    return (iters - step + 1) / (iters - start) if 0 < start < step else 1.0
 
 
 def random_translate(x: torch.Tensor, share: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from common.datasets import to_float
+from common.datasets import Data, to_float
 from common.files import atomic_write, write_json
 from harness.cli import Settings
 
@@ -80,6 +80,24 @@ def names_of(labels: torch.Tensor, classes: Sequence[str]) -> list[list[str]]:
     """The requested objects of each label set [N, 3], or attributes of each face, float [N, A]."""
     sets = [y.nonzero().flatten() for y in labels] if labels.is_floating_point() else labels
     return [[classes[i] for i in ids if i < len(classes)] for ids in map(torch.Tensor.tolist, sets)]
+
+
+def save_scenes(sample: Callable[..., tuple], data: Data, run) -> None:
+    """Save grids of scenes in run.folder: both test lists, each object alone, training images above generated
+    ones. sample(n, g, labels [n, 3]) → images [n, 3, S, S] in [-1, 1], labels.
+    """
+    g = torch.Generator().manual_seed(run.cfg.seed)
+    alone = F.pad(torch.arange(len(data.classes))[:, None], (0, 2), value=len(data.classes))
+    for name, y in {**data.test_label_sets, "objects": alone}.items():
+        save_grid(run.folder / f"{name}.png", sample(len(y), g, y)[0], captions=names_of(y, data.classes),
+                  title=f"{run.title}: {name}, requested objects below each image")
+    if len(data.images):
+        index = torch.randint(len(data.images), (32,), generator=g)
+        y = data.labels[index]
+        save_grid(run.folder / "real_beside_generated.png",
+                  real_above_generated(data.images[index], sample(32, g, y)[0]),
+                  f"{run.title}: training images, below each row generated ones with the same labels",
+                  captions=names_of(y.view(4, 8, 3).repeat(1, 2, 1).flatten(0, 1), data.classes))
 
 
 def save_images(sample: Callable[..., tuple], cfg: Settings, describe: Callable[[torch.Tensor], list],

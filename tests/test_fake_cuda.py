@@ -14,7 +14,7 @@ from tests.conftest import TINY
 from tests.test_networks import SCRIPTS, labels_of
 
 OTHERS = {"cdcgan_iclevr": {"targets": dict(smooth_labels=True, flip_labels=0.1)},
-          "sngan_iclevr": {"flips": dict(loss="rahinge", d_net="cnn", flip_labels=0.1)}}
+          "sngan_iclevr": {"flips": dict(loss="rahinge", g_net="cnn", d_net="cnn", flip_labels=0.1)}}
 ONE_DTYPE = "mm addmm mv grid_sampler_2d index_put_ binary_cross_entropy_with_logits".split()
 
 

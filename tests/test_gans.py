@@ -13,6 +13,7 @@ import evaluator
 import sngan_iclevr
 from common.datasets import Data, load_faces
 from tests.conftest import run_here, settings
+from tests.test_networks import SCRIPTS
 
 # ---------------------------------------------------------------------- i-CLEVR
 
@@ -55,16 +56,18 @@ def test_cdcgan_s_smooth_and_flipped_targets_have_the_report_s_ranges():
     assert targets(3).tolist() == [[1.0] * 3, [0.0] * 3]
 
 
-def test_cdcgan_s_rates_are_halved_by_epochs(here, monkeypatch):
+@pytest.mark.parametrize("name, fields", [
+    ("dcgan_mnist", {}), ("acgan_celeba", dict(n_dis=1)), ("cdcgan_iclevr", dict(halve_every=2))])
+def test_rates_fall_as_the_settings_say(here, monkeypatch, name, fields):
     rates = {"d_step": [], "g_step": []}
-    for name in rates:
-        monkeypatch.setattr(cdcgan_iclevr, name, lambda D, opt, *args, name=name: (
-            rates[name].append(opt.param_groups[0]["lr"]) or {}))
-    for every in (2, 0):  # an epoch is 9 batches
-        run_here("cdcgan_iclevr", judge="none", sample_every=0, iters=37, halve_every=every, lr_g=8e-3,
-                 lr_d=4e-3)
-    for name, rate in (("g_step", 8e-3), ("d_step", 4e-3)):
-        assert rates[name] == pytest.approx([rate] * 18 + [rate / 2] * 18 + [rate / 4] + [rate] * 37)
+    for step in rates:
+        monkeypatch.setattr(SCRIPTS[name], step, lambda D, opt, *args, step=step: (
+            rates[step].append(opt.param_groups[0]["lr"]) or {}))
+    run_here(name, judge="none", sample_every=0, iters=37, lr_g=8e-3, lr_d=4e-3, lr_decay_from=33, **fields)
+    epochs = [0.5 ** (step // 18) if "halve_every" in fields else 1 for step in range(37)]  # of 9 batches
+    expected = [share * epoch for share, epoch in zip([1] * 34 + [0.75, 0.5, 0.25], epochs, strict=True)]
+    assert rates == {"g_step": pytest.approx([8e-3 * x for x in expected]),
+                     "d_step": pytest.approx([4e-3 * x for x in expected])}
 
 
 # ---------------------------------------------------------------------- digits

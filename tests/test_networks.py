@@ -30,7 +30,7 @@ BUILD = {
     "cdcgan_iclevr": lambda m, c: (m.Generator(24, c.z_dim, c.ch, c.image_size),
                                    m.Discriminator(24, c.ch, c.image_size, c.d_cond, c.d_norm,
                                                    c.aux_weight > 0)),
-    "sngan_iclevr": lambda m, c: (m.Generator(24, c.z_dim, c.ch, c.image_size),
+    "sngan_iclevr": lambda m, c: (m.Generator(24, c.z_dim, c.ch, c.image_size, c.g_net),
                                   m.Discriminator(24, c.ch, c.image_size, c.d_net, c.d_norm, c.label_embed,
                                                   c.aux_weight > 0)),
 }
@@ -85,7 +85,9 @@ def test_convolutions_are_the_report_s():
 
 
 def test_other_layers_are_the_report_s():
-    G = sngan.Generator(24, 128, 64, 64)
+    G = sngan.Generator(24, 128, 64, 64, "resnet")
+    assert [b.conv.weight.shape[:2] for b in sngan.Generator(24, 128, 64, 64, "cnn").blocks] == [
+        (1024, 512), (512, 256), (256, 128), (128, 3)]
     D = sngan.Discriminator(24, 64, 64, "resnet", "none", "linear", False)
     assert [b.conv1.weight.shape[:2] for b in G.blocks] == [(512, 1024), (256, 512), (128, 256), (64, 128)]
     assert [b.conv2.out_channels for b in D.layers] == [64, 128, 256, 512, 1024]
@@ -103,7 +105,8 @@ def test_other_layers_are_the_report_s():
     ("acgan_celeba", {}), ("acgan_celeba", dict(d_norm="none", d_cond="projection", g_cond="input")),
     ("cdcgan_iclevr", {}), ("cdcgan_iclevr", dict(d_cond="projection", d_norm="none", aux_weight=1.0)),
     ("sngan_iclevr", {}), ("sngan_iclevr", dict(d_net="cnn", label_embed="sum", aux_weight=1.0)),
-    ("sngan_iclevr", dict(d_net="cnn", d_norm="none")), ("sngan_iclevr", dict(d_norm="none"))], ids=str)
+    ("sngan_iclevr", dict(g_net="cnn", d_net="cnn", d_norm="none")), ("sngan_iclevr", dict(d_norm="none")),
+], ids=str)
 def test_images_have_the_size_asked_for_and_each_kind_of_d_scores_them(name, fields):
     sizes = [{"image_size": size} for size in (32, 64, 128)]
     for size in [{}] if name == "dcgan_mnist" else sizes:
@@ -192,8 +195,9 @@ def test_down_block_is_the_paper_s_order_of_layers(first):
 
 # ---------------------------------------------------------------------- labels in G and in D
 
-def test_labels_are_a_set_to_sngan_s_g():
-    G, z = randomised(sngan.Generator(24, 8, 4, 32)).eval(), torch.randn(1, 8)
+@pytest.mark.parametrize("net", ["resnet", "cnn"])
+def test_labels_are_a_set_to_sngan_s_g(net):
+    G, z = randomised(sngan.Generator(24, 8, 4, 32, net)).eval(), torch.randn(1, 8)
     image = G(z, torch.tensor([[1, 9, NULL]]))
     for other in ([2, 9, NULL], [1, 10, NULL], [1, 9, 3], [1, NULL, NULL]):
         assert (G(z, torch.tensor([other])) - image).abs().max() > 1e-3

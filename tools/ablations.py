@@ -104,7 +104,8 @@ def load(args, row: str, seed: int) -> tuple[torch.nn.Module, object, Data]:
     cfg = stored_config(script.Config, folder, f"{ROWS[row].script}.py", {}, [])
     state = load_verified(folder / "last.pt")
     data = Data.from_metadata(state["data"])
-    G = script.Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size)
+    kind = [cfg.g_net] if hasattr(cfg, "g_net") else []
+    G = script.Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size, *kind)
     G.load_state_dict(state["G" if row == NO_EMA else "ema"])
     return G.eval().requires_grad_(False), cfg, data
 
