@@ -216,7 +216,7 @@ def save_pictures(generate: Callable[..., Tensor], data: Data, run: Run) -> None
     for c in range(cfg.n_continuous):
         save_grid(folder / f"code_{c + 1}.png", generate(*grid_codes(cfg, g, 10, c)),
                   f"{title}, code {c + 1} from -1 to 1 down the rows", k)
-        # eight noises, the code in steps of a fifth, to twice the range that G was trained with
+        # eight noises, to twice the range that G was trained with
         z = uniform(8, cfg.z_dim, g=g).repeat_interleave(21, 0)
         continuous = torch.zeros(len(z), cfg.n_continuous)
         continuous[:, c] = torch.linspace(-2, 2, 21).repeat(8)
@@ -234,8 +234,7 @@ def matched_digits(run: Run) -> list[int]:
     path, digits = run.folder / "scores.json", [-1] * run.cfg.n_categories
     if run.cfg.digit != "any" or path.exists():
         with reading(path, "the scores of this run, which --eval writes"):
-            scores = json.loads(path.read_text(encoding="utf-8"))
-            digits, _ = match(torch.tensor(scores["last"]["shares"][0]))
+            digits, _ = match(torch.tensor(json.loads(path.read_bytes())["last"]["shares"][0]))
     if run.cfg.digit not in ("any", *map(str, digits)):
         raise UserError(f"--digit {run.cfg.digit}: no category of {run.folder} is this digit")
     return digits

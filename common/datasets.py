@@ -333,12 +333,6 @@ def image_names(folder: Path) -> list[str]:
     return [name for name, ending in found.items() if ending in endings]
 
 
-class Threads(ThreadPoolExecutor):
-    """A pool whose pending calls are cancelled by an error or Ctrl-C."""
-    def __exit__(self, *_):
-        self.shutdown(cancel_futures=True)
-
-
 def load_images(folder: Path, names: list[str], size: int, crop: int | None = None,
                 skip_bad: bool = False) -> tuple[torch.Tensor, str, list[str]]:
     """The named images as RGB: uint8 [K, 3, size, size], a digest of the pixels, and their names.
@@ -366,8 +360,8 @@ def load_images(folder: Path, names: list[str], size: int, crop: int | None = No
                 pixels[i] = np.moveaxis(np.asarray(decode_image(paths[names[i]], size, crop)), 2, 0)
                 kept[i] = True
 
-        with Threads() as pool:
-            list(pool.map(one, range(len(names))))
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(one, range(len(names))))  # an error or Ctrl-C cancels what is pending
         return {"images": torch.from_numpy(pixels if kept.all() else pixels[kept]),
                 "names": list(compress(names, kept))}
 

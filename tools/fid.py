@@ -10,6 +10,7 @@ FID is that of common/fid.py, with the Inception weights of 2015-12-05 and pytor
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.datasets import FORMATS, Threads  # noqa: E402
+from common.datasets import FORMATS  # noqa: E402
 from common.fid import FeatureStats, features, frechet_distance, load_inception  # noqa: E402
 from common.files import UserError, atomic_write, reading  # noqa: E402
 from harness.cli import Parser, exit_status  # noqa: E402
@@ -120,7 +121,7 @@ def list_images(folder: str | Path) -> list[Path]:
     if len(files) < 2:
         raise UserError(f"{folder} has {len(files) or 'no'} image{'s'[len(files):]}, at least 2 are needed, "
                         f"directly in it, ending in {' '.join(sorted(SUFFIXES))}")
-    with Threads() as pool:
+    with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(lambda file: _look(file, lambda image: image.size), files))
     for file, size in zip(files, sizes, strict=True):
         if size != sizes[0]:
@@ -133,7 +134,7 @@ def read_images(
     files: list[Path], batch_size: int, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
     """Batches uint8 [N, 3, H, W] of the files in order, decoded by threads up to two batches ahead."""
-    with Threads(4) as pool:
+    with ThreadPoolExecutor(4) as pool:
         ahead = deque()
         for i in range(0, len(files), batch_size):
             ahead.append([pool.submit(_look, file, lambda image: np.array(image.convert("RGB")))
