@@ -20,8 +20,17 @@ from torch.optim import Adam, Optimizer
 
 import evaluator
 from common import losses
-from common.blocks import EMA, autocast, cached_spectral_norm, linear_decay, no_param_grads, random_translate
+from common.blocks import (
+    EMA,
+    LocalClassifier,
+    autocast,
+    cached_spectral_norm,
+    linear_decay,
+    no_param_grads,
+    random_translate,
+)
 from common.datasets import Batches, label_sets, load_iclevr
+from common.files import UserError
 from harness import dist
 from harness.cli import Settings
 from harness.pictures import names_of, save_scenes
@@ -51,6 +60,7 @@ class Config(Settings):
     loss: Literal["hinge", "rahinge", "rpgan"] = "hinge"  # hinge, relativistic average hinge, or pairing loss
     gamma: float = 0.0  # γ of R1 and R2, penalties on D's gradients at real and generated images
     aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses
+    nothing_weight: float = 0.0  # share of aux_weight by which it learns to find nothing in generated images
     beta1: float = 0.5  # Adam's β1, for both networks
     beta2: float = 0.999  # Adam's β2
     add_noise: bool = True  # add U(0, 1/128) to the images D is given
@@ -58,12 +68,17 @@ class Config(Settings):
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
     lr_decay_from: float = 0.0  # iteration (below 1: share of --iters) from which rates fall to 0; 0: never
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.g_net == "cnn" and self.z_dim % 3:
+            raise UserError(f"--z-dim {self.z_dim}: --g-net cnn needs a multiple of 3, a third for each object")
+
 
 RECIPES = {
     "paper": {},
     "r3gan": dict(loss="rpgan", g_net="cnn", d_net="cnn", d_norm="none", label_embed="sum", aux_weight=5.0,
-                  gamma=0.25, n_dis=1, batch_size=32, z_dim=64, lr_g=8e-4, lr_d=8e-4, lr_decay_from=0.5,
-                  beta1=0.0, beta2=0.99, augment=0.0625),
+                  nothing_weight=0.3, gamma=0.25, n_dis=1, batch_size=32, z_dim=96, lr_g=8e-4, lr_d=8e-4,
+                  lr_decay_from=0.5, beta1=0.0, beta2=0.99, augment=0.0625),
 }
 QUICK = dict(recipe="r3gan", iters=5000, batch_size=16, ch=16, n_scenes=4000, judge_width=16,
              lr_g=3e-3, lr_d=3e-3,  # narrow layers bear higher rates than wide ones
@@ -154,29 +169,38 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 
 class Generator(nn.Module):
-    """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; labels enter by each block's norms."""
+    """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; labels enter by each block's norms. net
+    "cnn": each object has a third of z to itself, as its place does not depend on the others.
+    """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, net: str):
         super().__init__()
-        w, self.net = widths(ch, image_size)[::-1], net
-        self.first = init_xavier(nn.Linear(z_dim, w[0] * 4 * 4))
+        w, self.net, self.null = widths(ch, image_size)[::-1], net, n_classes
         if net == "resnet":
+            self.first = init_xavier(nn.Linear(z_dim, w[0] * 4 * 4))
             self.blocks = nn.ModuleList(UpBlock(i, o, n_classes) for i, o in pairwise(w))
             self.norm, self.last = nn.BatchNorm2d(ch), init_xavier(nn.Conv2d(ch, 3, 1))
         else:  # the last block gives the image
+            self.embed = nn.Embedding(n_classes + 1, z_dim // 3)
+            self.first = init_xavier(nn.Linear(2 * (z_dim // 3), w[0] * 4 * 4), 2**0.5)
             self.blocks = nn.ModuleList(UpConv(i, o, n_classes) for i, o in pairwise([*w[:-1], 3]))
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        h = self.first(z).view(len(z), -1, 4, 4)  # [B, 16·ch, 4, 4]
+        if self.net == "resnet":
+            h = self.first(z)
+        else:
+            h = self.first(torch.cat([z.unflatten(1, (3, -1)), self.embed(labels)], 2))  # [B, 3, 16·ch·4·4]
+            h = (F.leaky_relu(h) * (labels != self.null)[..., None]).sum(1)
+        h = h.unflatten(1, (-1, 4, 4))  # [B, 16·ch, 4, 4]
         for block in self.blocks:
             h = block(h, labels)  # [B, 8·ch, 8, 8], [B, 4·ch, 16, 16], [B, 2·ch, 32, 32], [B, ch, 64, 64]
         return (self.last(F.leaky_relu(self.norm(h))) if self.net == "resnet" else h).tanh()
 
 
 class Discriminator(nn.Module):
-    """images [B, 3, S, S], labels [B, 3] → scores [B], ψ(h) + ⟨labels, h⟩ (Miyato & Koyama 2018, eq. 3), and
-    the auxiliary classifier's logits [B, n_classes] or None. net "resnet": features h summed over space;
-    "cnn": flattened. norm "spectral": of all layers but `join`.
+    """images [B, 3, S, S], labels [B, 3] → scores [B], ψ(h) + ⟨labels, h⟩ (Miyato & Koyama 2018, eq. 3). net
+    "resnet": features h summed over space; "cnn": flattened. norm "spectral": of all layers but `join`.
+    classify(images) → logits [B, n_classes] of an auxiliary classifier, which shares nothing with the rest.
     """
 
     def __init__(self, n_classes: int, ch: int, image_size: int, net: str, norm: str, label_embed: str,
@@ -198,14 +222,14 @@ class Discriminator(nn.Module):
         self.join = None
         if label_embed == "linear":  # without bias, so that a null label adds exactly zero to the score
             self.join = init_xavier(nn.Linear(3 * features, features, bias=False))
-        self.classify = normed(init_xavier(nn.Linear(features, n_classes))) if classifier else None
+        self.classify = LocalClassifier(n_classes, ch, image_size) if classifier else None
 
-    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         h = self.layers(x)
         h = F.leaky_relu(h).sum((2, 3)) if self.net == "resnet" else h.flatten(1)
         y = self.embed(labels)  # [B, 3, features]
         y = self.join(y.flatten(1)) if self.join is not None else y.sum(1)
-        return self.linear(h)[:, 0] + (y.float() * h).sum(1), self.classify(h) if self.classify else None
+        return self.linear(h)[:, 0] + (y.float() * h).sum(1)
 
 
 # ---------------------------------------------------------------------- one step of D, one of G
@@ -215,22 +239,24 @@ D_LOSS = {"hinge": losses.hinge_d, "rpgan": losses.rpgan,
 
 def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
     """Update D with real and generated images [B, 3, S, S] of the same labels [B, 3]. Reads cfg.loss,
-    flip_labels, gamma, aux_weight, precision.
+    flip_labels, gamma, aux_weight, nothing_weight, precision.
     """
-    aux = gp = real.new_zeros(())
+    aux = nothing = gp = real.new_zeros(())
     with cached_spectral_norm(D):
         with autocast(real, cfg.precision):  # D has no batch norm, so real and fake images share one pass
-            scores, logits = D(torch.cat([real, fake]), y.repeat(2, 1))
+            scores = D(torch.cat([real, fake]), y.repeat(2, 1))
+            if cfg.aux_weight:  # mere specks could please a classifier that has seen real images only
+                aux = losses.aux_classification_loss(D.classify(real), y)
+                nothing = F.softplus(D.classify(fake)).mean()  # cross-entropy, no label being true
         score_real, score_fake = first, second = scores.float().chunk(2)
-        if cfg.aux_weight:  # the classifier learns from real images only
-            aux = losses.aux_classification_loss(logits[:len(real)], y)
         if cfg.gamma:  # an eighth of the batch gives an unbiased estimate at an eighth of the cost
             y_some = y[::8].repeat(2, 1)
-            gp = losses.r1r2_penalty(lambda x: D(x, y_some)[0], torch.cat([real[::8], fake[::8]]))
+            gp = losses.r1r2_penalty(lambda x: D(x, y_some), torch.cat([real[::8], fake[::8]]))
     if cfg.flip_labels:  # swap the targets of some pairs of a real and a generated image
         swap = torch.rand(len(real), device=real.device) < cfg.flip_labels
         first, second = score_real.where(~swap, score_fake), score_fake.where(~swap, score_real)
-    loss = D_LOSS[cfg.loss](first, second) + cfg.aux_weight * aux + cfg.gamma * gp
+    loss = D_LOSS[cfg.loss](first, second) + cfg.gamma * gp
+    loss = loss + cfg.aux_weight * (aux + cfg.nothing_weight * nothing)
     opt.zero_grad()
     loss.backward()
     dist.average_gradients(opt)  # under torchrun
@@ -242,13 +268,13 @@ def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     """Update G by its images fake = G(z, y), still attached to it. Reads cfg.loss, aux_weight, precision."""
     aux = real.new_zeros(())
     with no_param_grads(D), cached_spectral_norm(D), autocast(real, cfg.precision):
-        score, logits = D(fake, y)
+        score = D(fake, y)
         if cfg.loss == "hinge":  # -E[D(G(z))] (Miyato et al. 2018, eq. 17)
             loss = -score.float().mean()
         else:  # only the relativistic losses use real images
-            loss = D_LOSS[cfg.loss](score.float(), D(real, y)[0].float())
-    if cfg.aux_weight:
-        aux = losses.aux_classification_loss(logits, y)
+            loss = D_LOSS[cfg.loss](score.float(), D(real, y).float())
+        if cfg.aux_weight:
+            aux = losses.aux_classification_loss(D.classify(fake), y)
     loss = loss + cfg.aux_weight * aux
     opt.zero_grad()
     loss.backward()

@@ -1,6 +1,8 @@
 """Shared building blocks: cached spectral norm, DCGAN initialisation, falling rates, EMA, random shifts."""
 import contextlib
 import copy
+import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -68,6 +70,27 @@ def init_dcgan(net: nn.Module) -> nn.Module:
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     return net
+
+
+class LocalClassifier(nn.Sequential):
+    """images [B, 3, S, S] → logits [B, n_classes]: is such an object anywhere in the image?
+
+    Each place of a grid, 16×16, has logits of the 18×18 pixels around it (at 64×64); logsumexp, a soft maximum,
+    joins them (Pinheiro & Collobert 2015, eq. 6). A classifier of whole images learns the scenes by heart.
+    """
+
+    def __init__(self, n_classes: int, ch: int, image_size: int):
+        w = [3, *(ch * 2**k for k in range((image_size // 32).bit_length()))]
+        layers = [nn.Conv2d(i, o, 4, 2, 1) for i, o in pairwise(w)] + [nn.Conv2d(w[-1], 2 * w[-1], 3, 1, 1)]
+        for layer in layers:
+            nn.init.kaiming_normal_(layer.weight, 0.2)
+        super().__init__(*(x for layer in layers for x in (layer, nn.LeakyReLU(0.2))),
+                         nn.Conv2d(2 * w[-1], n_classes, 1), nn.Flatten(2))
+        nn.init.constant_(self[-2].bias, -2)  # most classes are absent: so it learns at once
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x).float()  # [B, n_classes, places]
+        return logits.logsumexp(2) - math.log(logits.shape[2])
 
 
 def linear_decay(step: int, iters: int, start: float) -> float:
