@@ -71,7 +71,7 @@ class Config(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.g_net == "cnn" and self.z_dim % 3:
-            raise UserError(f"--z-dim {self.z_dim}: --g-net cnn needs a multiple of 3, a third for each object")
+            raise UserError(f"--z-dim {self.z_dim}: --g-net cnn takes a multiple of 3, for three objects")
 
 
 RECIPES = {

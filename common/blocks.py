@@ -75,8 +75,8 @@ def init_dcgan(net: nn.Module) -> nn.Module:
 class LocalClassifier(nn.Sequential):
     """images [B, 3, S, S] → logits [B, n_classes]: is such an object anywhere in the image?
 
-    Each place of a grid, 16×16, has logits of the 18×18 pixels around it (at 64×64); logsumexp, a soft maximum,
-    joins them (Pinheiro & Collobert 2015, eq. 6). A classifier of whole images learns the scenes by heart.
+    Each of 16×16 places has logits of the pixels around it (18×18, at 64×64), joined by logsumexp, a soft
+    maximum (Pinheiro & Collobert 2015, eq. 6). A classifier of whole images learns the scenes by heart.
     """
 
     def __init__(self, n_classes: int, ch: int, image_size: int):

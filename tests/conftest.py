@@ -35,7 +35,7 @@ COMMON = dict(data="synthetic", batch_size=8, judge_width=8, judge_steps=4, eval
               device="cpu")
 DIGITS = COMMON | dict(n_synthetic=60, eval_images=40)
 FACES = COMMON | dict(n_synthetic=300, image_size=32, ch=1, z_dim=4, eval_images=20)
-SCENES = COMMON | dict(n_scenes=24, image_size=32, ch=2, z_dim=8)
+SCENES = COMMON | dict(n_scenes=24, image_size=32, ch=2, z_dim=9)
 TINY = {
     "dcgan_mnist": DIGITS | dict(latent_dim=5, hidden_dim=3),
     "infogan_mnist": DIGITS | dict(ch=2, image_size=32),

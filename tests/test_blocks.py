@@ -15,22 +15,36 @@ def seed():
 
 
 def test_weights_are_normed_once_per_update_and_take_gradients():
-    D = Discriminator(24, 2, 32, "resnet", "spectral", "sum", classifier=True)
+    D = Discriminator(24, 2, 32, "resnet", "spectral", "sum", classifier=False)
     other = copy.deepcopy(D)
     x, y = torch.randn(4, 3, 32, 32), torch.randint(25, (4, 3))
     with blocks.cached_spectral_norm(D):
-        (score, logits), (more, _) = D(x[:2], y[:2]), D(x[2:], y[2:])
-        twice = torch.cat([score, more])
-        (twice.sum() + logits.sum()).backward()
+        twice = torch.cat([D(x[:2], y[:2]), D(x[2:], y[2:])])
+        twice.sum().backward()
     assert all(p.grad.any() for p in D.parameters())
     with blocks.cached_spectral_norm(other):
-        once, _ = other(x, y)
+        once = other(x, y)
     torch.testing.assert_close(twice, once)
     for a, b in zip(D.buffers(), other.buffers(), strict=True):
         assert torch.equal(a, b)
     with blocks.cached_spectral_norm(D):
         pass
     assert not all(torch.equal(a, b) for a, b in zip(D.buffers(), other.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_an_object_anywhere_is_found_from_the_pixels_around_it_alone(size):
+    """The logits are a soft maximum over 16×16 places, most labels being absent at first."""
+    C = blocks.LocalClassifier(5, 4, size)
+    x = torch.randn(2, 3, size, size)
+    places = nn.Sequential.forward(C, x)
+    assert places.shape == (2, 5, 256)
+    torch.testing.assert_close(C(x), places.exp().mean(2).log())
+    assert C(torch.zeros_like(x)).sigmoid().max() < 0.3
+    changed = x.clone()
+    changed[..., :size // 2, :size // 2] = 1  # the upper left quarter
+    moved = (nn.Sequential.forward(C, changed) != places).any(1).view(2, 16, 16).any(0)
+    assert moved[:7, :7].all() and not moved[10:].any() and not moved[:, 10:].any()
 
 
 def test_label_sets_become_multi_hot():

@@ -53,6 +53,7 @@ R3GAN = dict(loss="rpgan", d_norm="none", gamma=0.5)
     ("cdcgan_iclevr", R3GAN | dict(d_cond="projection", aux_weight=3.0)),
     ("sngan_iclevr", {}), ("sngan_iclevr", dict(flip_labels=0.3, d_norm="none")),
     ("sngan_iclevr", dict(loss="rahinge")), ("sngan_iclevr", R3GAN | dict(flip_labels=0.3, aux_weight=3.0)),
+    ("sngan_iclevr", R3GAN | dict(aux_weight=3.0, nothing_weight=0.2)),
     ("sngan_iclevr", R3GAN | dict(d_norm="spectral", d_net="cnn", batch_size=4)),  # such as a process's share
     *(("acgan_celeba", variant) for variant in acgan_celeba.VARIANTS.values()),
     ("acgan_celeba", dict(gp_weight=5.0)), ("acgan_celeba", dict(loss="rpgan")),
@@ -67,6 +68,8 @@ def test_losses_are_their_formulas(name, fields):
     fake.requires_grad_()
 
     def score(net, x, *y) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if name == "sngan_iclevr":
+            return net(x, *y), net.classify(x) if weight else None
         return net(x, *y) if y else (net(x)[:, 0], None)
 
     def aux(logits) -> torch.Tensor | float:
@@ -90,13 +93,15 @@ def test_losses_are_their_formulas(name, fields):
     torch.manual_seed(1)
     found = module.d_step(D, torch.optim.Adam(D.parameters(), 1e-2), real, fake.detach(), *y, cfg)
     with blocks.cached_spectral_norm(before):
-        (r, logits), (f, _), extra = score(before, real, *y), score(before, fake, *y), penalty(before)
+        (r, logits), (f, of_fake), extra = score(before, real, *y), score(before, fake, *y), penalty(before)
     means = [(x.sigmoid() if loss == "bce" or "dcgan" in name else x).mean() for x in (r, f)]
     torch.testing.assert_close([found["d_real"], found["d_fake"]], means)
     torch.manual_seed(1)
     swap = torch.rand(n) < flip  # the targets of these pairs
     r, f = r.where(~swap, f), f.where(~swap, r)
     expected = D_LOSS[loss](r, f) + extra + aux(logits)  # the classifier learns from real images
+    if nothing := vars(cfg).get("nothing_weight", 0):  # and finds nothing in generated ones
+        expected += nothing * weight * binary_cross_entropy_with_logits(of_fake, torch.zeros_like(of_fake))
     torch.testing.assert_close(found["d_loss"], expected, rtol=3e-5, atol=1e-6)
     assert (extra > 1e-3) == (loss in ("wgan-gp", "wgan-div") or loss == "rpgan" and cfg.gamma > 0)
     after = copy.deepcopy(D)
