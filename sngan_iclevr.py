@@ -1,8 +1,9 @@
 """SNGAN with a projection discriminator on i-CLEVR: images of one to three requested objects.
 
 Spectral norm: Miyato et al. 2018; projection: Miyato & Koyama 2018. --recipe r3gan learns the labels several
-times faster: a plain D, the relativistic pairing loss with R1 and R2 penalties (Huang et al. 2024), and an
-auxiliary classifier (Odena et al. 2017). Results, with commands and hardware: results/README.md.
+times faster: a plain G with noise of its own for each object, a plain D, the relativistic pairing loss with R1
+and R2 penalties (Huang et al. 2024), and an auxiliary classifier (Odena et al. 2017), which also learns to find
+nothing in generated images. Results, with commands and hardware: results/README.md.
 
     python sngan_iclevr.py --quick                     # recipe r3gan, minutes on two CPU cores
     python sngan_iclevr.py --iters 30000               # the paper's recipe at full size, one GPU
@@ -30,7 +31,6 @@ from common.blocks import (
     random_translate,
 )
 from common.datasets import Batches, label_sets, load_iclevr
-from common.files import UserError
 from harness import dist
 from harness.cli import Settings
 from harness.pictures import names_of, save_scenes
@@ -67,11 +67,6 @@ class Config(Settings):
     augment: float = 0.0  # shift D's images at random by up to this share of their size; 0: no
     flip_labels: float = 0.0  # share of images whose real/fake target is swapped for D
     lr_decay_from: float = 0.0  # iteration (below 1: share of --iters) from which rates fall to 0; 0: never
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.g_net == "cnn" and self.z_dim % 3:
-            raise UserError(f"--z-dim {self.z_dim}: --g-net cnn takes a multiple of 3, for three objects")
 
 
 RECIPES = {
@@ -170,7 +165,7 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 class Generator(nn.Module):
     """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; labels enter by each block's norms. net
-    "cnn": each object has a third of z to itself, as its place does not depend on the others.
+    "cnn": each object has a third of z for its place and view, and the first block's input is their sum.
     """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, net: str):
@@ -189,7 +184,8 @@ class Generator(nn.Module):
         if self.net == "resnet":
             h = self.first(z)
         else:
-            h = self.first(torch.cat([z.unflatten(1, (3, -1)), self.embed(labels)], 2))  # [B, 3, 16·ch·4·4]
+            z = z[:, :3 * (z.shape[1] // 3)].unflatten(1, (3, -1))
+            h = self.first(torch.cat([z, self.embed(labels)], 2))  # [B, 3, 16·ch · 4 · 4]
             h = (F.leaky_relu(h) * (labels != self.null)[..., None]).sum(1)
         h = h.unflatten(1, (-1, 4, 4))  # [B, 16·ch, 4, 4]
         for block in self.blocks:
