@@ -1,9 +1,9 @@
 """SNGAN with a projection discriminator on i-CLEVR: images of one to three requested objects.
 
 Spectral norm: Miyato et al. 2018; projection: Miyato & Koyama 2018. --recipe r3gan learns the labels several
-times faster: a plain G with noise of its own for each object, a plain D, the relativistic pairing loss with R1
-and R2 penalties (Huang et al. 2024), and an auxiliary classifier (Odena et al. 2017), which also learns to find
-nothing in generated images. Results, with commands and hardware: results/README.md.
+times faster: a plain G with noise of its own for each object, a plain D, the relativistic pairing loss with
+R1 and R2 penalties (Huang et al. 2024), and an auxiliary classifier (Odena et al. 2017), which also learns to
+find nothing in generated images. Results, with commands and hardware: results/README.md.
 
     python sngan_iclevr.py --quick                     # recipe r3gan, minutes on two CPU cores
     python sngan_iclevr.py --iters 30000               # the paper's recipe at full size, one GPU
