@@ -82,17 +82,12 @@ QUICK = dict(recipe="r3gan", iters=5000, batch_size=16, ch=16, n_scenes=4000, ju
 
 
 # ---------------------------------------------------------------------- networks
-def init_xavier(module: nn.Module, gain: float = 1.0) -> nn.Module:
-    """Xavier-uniform weight, zero bias (Miyato & Koyama 2018); to be called before spectral_norm."""
-    nn.init.xavier_uniform_(module.weight, gain)
+def init_xavier(module: nn.Module, gain: float = 0) -> nn.Module:
+    """Xavier-uniform weight, zero bias; call it before spectral_norm. gain 0: √2, or 1 for 1×1 and linear."""
+    nn.init.xavier_uniform_(module.weight, gain or (2**0.5 if module.weight[0, 0].numel() > 1 else 1))
     if getattr(module, "bias", None) is not None:
         nn.init.zeros_(module.bias)
     return module
-
-
-def residual_conv(i: int, o: int, kernel: int) -> nn.Conv2d:
-    """Convolution that keeps the size: 3×3 in a residual branch (gain √2), 1×1 in a shortcut (gain 1)."""
-    return init_xavier(nn.Conv2d(i, o, kernel, padding=kernel // 2), 2**0.5 if kernel > 1 else 1.0)
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -118,9 +113,11 @@ class UpBlock(nn.Module):
 
     def __init__(self, i: int, o: int, n_classes: int):
         super().__init__()
-        self.bn1, self.conv1 = ConditionalBatchNorm(i, n_classes), residual_conv(i, o, 3)
-        self.bn2, self.conv2 = ConditionalBatchNorm(o, n_classes), residual_conv(o, o, 3)
-        self.shortcut = residual_conv(i, o, 1)
+        self.bn1 = ConditionalBatchNorm(i, n_classes)
+        self.conv1 = init_xavier(nn.Conv2d(i, o, 3, padding=1))
+        self.bn2 = ConditionalBatchNorm(o, n_classes)
+        self.conv2 = init_xavier(nn.Conv2d(o, o, 3, padding=1))
+        self.shortcut = init_xavier(nn.Conv2d(i, o, 1))
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         h = F.interpolate(F.leaky_relu(self.bn1(x, ids)), scale_factor=2)
@@ -135,7 +132,7 @@ class UpConv(nn.Module):
     def __init__(self, i: int, o: int, n_classes: int):
         super().__init__()
         self.norm = ConditionalBatchNorm(i, n_classes)
-        self.conv = init_xavier(nn.ConvTranspose2d(i, o, 4, 2, 1), 2**0.5)
+        self.conv = init_xavier(nn.ConvTranspose2d(i, o, 4, 2, 1))
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         return self.conv(F.leaky_relu(self.norm(x, ids)))
@@ -147,9 +144,9 @@ class DownBlock(nn.Module):
     def __init__(self, i: int, o: int, norm: Callable[[nn.Module], nn.Module], first: bool = False):
         super().__init__()
         self.first, hidden = first, o if first else i
-        self.conv1 = norm(residual_conv(i, hidden, 3))
-        self.conv2 = norm(residual_conv(hidden, o, 3))
-        self.shortcut = norm(residual_conv(i, o, 1))
+        self.conv1 = norm(init_xavier(nn.Conv2d(i, hidden, 3, padding=1)))
+        self.conv2 = norm(init_xavier(nn.Conv2d(hidden, o, 3, padding=1)))
+        self.shortcut = norm(init_xavier(nn.Conv2d(i, o, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(x if self.first else F.leaky_relu(x))  # an image gets no activation
@@ -207,7 +204,7 @@ class Discriminator(nn.Module):
         if net == "resnet":  # [B, ch, S/2, S/2], [B, 2·ch, S/4, S/4], … [B, 16·ch, S/32, S/32]
             layers = [DownBlock(i, o, normed, first=i == 3) for i, o in pairwise([3, *w])]
         else:  # [B, ch, S/2, S/2], … [B, 8·ch, 4, 4]
-            convs = [init_xavier(nn.Conv2d(i, o, 4, 2, 1), 2**0.5) for i, o in pairwise([3, *w[:-1]])]
+            convs = [init_xavier(nn.Conv2d(i, o, 4, 2, 1)) for i, o in pairwise([3, *w[:-1]])]
             layers = [layer for conv in convs for layer in (normed(conv), nn.LeakyReLU(0.2))]
         features = w[-1] if net == "resnet" else w[-2] * 4 * 4
         self.layers = nn.Sequential(*layers)
