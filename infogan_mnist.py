@@ -216,7 +216,6 @@ def save_pictures(generate: Callable[..., Tensor], data: Data, run: Run) -> None
     for c in range(cfg.n_continuous):
         save_grid(folder / f"code_{c + 1}.png", generate(*grid_codes(cfg, g, 10, c)),
                   f"{title}, code {c + 1} from -1 to 1 down the rows", k)
-        # eight noises, to twice the range that G was trained with
         z = uniform(8, cfg.z_dim, g=g).repeat_interleave(21, 0)
         continuous = torch.zeros(len(z), cfg.n_continuous)
         continuous[:, c] = torch.linspace(-2, 2, 21).repeat(8)
