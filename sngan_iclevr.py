@@ -237,8 +237,9 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     with cached_spectral_norm(D):
         with autocast(real, cfg.precision):  # D has no batch norm, so real and fake images share one pass
             scores = D(torch.cat([real, fake]), y.repeat(2, 1))
-            if cfg.aux_weight:  # mere specks could please a classifier that has seen real images only
+            if cfg.aux_weight:
                 aux = losses.aux_classification_loss(D.classify(real), y)
+            if cfg.aux_weight and cfg.nothing_weight:  # else mere specks could please the classifier
                 nothing = F.softplus(D.classify(fake)).mean()  # cross-entropy, no label being true
         score_real, score_fake = first, second = scores.float().chunk(2)
         if cfg.gamma:  # an eighth of the batch gives an unbiased estimate at an eighth of the cost
