@@ -46,8 +46,8 @@ FLAGS = {  # script: flags → part of the message
         "--flip-labels 1.1": "--flip-labels 1.1: must be", "--loss paired": "invalid choice: 'paired'",
         "--n-scenes 3": "fewer than 10 scenes", "--judge digits.pt": "10 classes, the data has 24"},
     "cdcgan_iclevr": {
-        "--quick --smooth-labels": "are for --loss bce", "--recipe r3gan --flip-labels 0.1": "for --loss bce",
-        "--recipe r3gan --d-cond plane": "--d-cond plane needs --aux-weight 0"},
+        "--quick --smooth-labels": "are for --loss bce",
+        "--recipe r3gan --flip-labels 0.1": "for --loss bce"},
 }
 
 

@@ -27,7 +27,7 @@ BUILD = {
                                  m.Discriminator(c.net, c.hidden_dim, c.d_norm)),
     "acgan_celeba": lambda m, c: (m.Generator(15, c.z_dim, c.ch, c.image_size, c.g_cond),
                                   m.Discriminator(15, c.ch, c.image_size, c.d_norm, c.d_cond)),
-    "cdcgan_iclevr": lambda m, c: (m.Generator(24, c.z_dim, c.ch, c.image_size),
+    "cdcgan_iclevr": lambda m, c: (m.Generator(24, c.z_dim, c.ch, c.image_size, c.g_cond),
                                    m.Discriminator(24, c.ch, c.image_size, c.d_cond, c.d_norm,
                                                    c.aux_weight > 0)),
     "sngan_iclevr": lambda m, c: (m.Generator(24, c.z_dim, c.ch, c.image_size, c.g_net),
@@ -65,7 +65,7 @@ def test_convolutions_are_the_report_s():
             (infogan.Body(64, 64), [1, 64, 128, 256, 512], slice(2, None)),
             (acgan.Generator(15, 128, 32, 128, "input"), [512, 256, 128, 64, 32, 3], slice(0, -1)),
             (acgan.Discriminator(15, 32, 128, "batch", "concat"), [3, 32, 64, 128, 256, 512], slice(2, None)),
-            (cdcgan.Generator(24, 100, 64, 64), [124, 512, 256, 128, 64, 3], slice(1, -1)),
+            (cdcgan.Generator(24, 100, 64, 64, "joint"), [124, 512, 256, 128, 64, 3], slice(1, -1)),
             (cdcgan.Discriminator(24, 64, 64, "plane", "batch", False), [4, 64, 128, 256, 512, 1],
              slice(2, -1)),
             (vae.encoder(128, 32, 128), [3, 32, 64, 128, 256, 512, 256], slice(1, -1)),
@@ -103,7 +103,8 @@ def test_other_layers_are_the_report_s():
 @pytest.mark.parametrize("name, fields", [
     ("dcgan_mnist", {}), ("dcgan_mnist", dict(net="mlp")), ("dcgan_mnist", dict(net="mlp", d_norm="none")),
     ("acgan_celeba", {}), ("acgan_celeba", dict(d_norm="none", d_cond="projection", g_cond="input")),
-    ("cdcgan_iclevr", {}), ("cdcgan_iclevr", dict(d_cond="projection", d_norm="none", aux_weight=1.0)),
+    ("cdcgan_iclevr", {}),
+    ("cdcgan_iclevr", dict(g_cond="objects", d_cond="projection", d_norm="none", aux_weight=1.0)),
     ("sngan_iclevr", {}), ("sngan_iclevr", dict(d_net="cnn", label_embed="sum", aux_weight=1.0)),
     ("sngan_iclevr", dict(g_net="cnn", d_net="cnn", d_norm="none")), ("sngan_iclevr", dict(d_norm="none")),
 ], ids=str)
@@ -114,9 +115,9 @@ def test_images_have_the_size_asked_for_and_each_kind_of_d_scores_them(name, fie
         y, size = labels_of(name, 3), size.get("image_size", 32)
         x = G(torch.randn(3, cfg.z_dim if y else cfg.latent_dim), *y)
         assert x.shape == (3, 1 + 2 * bool(y), size, size) and x.abs().max() <= 1
-        score, logits = D(x, *y) if y and "sngan" not in name else (D(x, *y).view(3, -1)[:, 0], None)
+        score, logits = D(x, *y) if name == "acgan_celeba" else (D(x, *y).view(3, -1)[:, 0], None)
         n = {"acgan_celeba": 15}.get(name, 24 if vars(cfg).get("aux_weight") else None)
-        if name == "sngan_iclevr" and cfg.aux_weight:
+        if "iclevr" in name and cfg.aux_weight:
             logits = D.classify(x)
         assert score.shape == (3,) and (logits is None if n is None else logits.shape == (3, n))
         assert any(map(parametrize.is_parametrized, D.modules())) == (cfg.d_norm == "spectral")
@@ -232,6 +233,21 @@ def test_sngan_s_objects_have_a_third_of_z_each_and_their_sum_is_g_s_input():
     assert sngan.Generator(24, 8, 4, 32, "cnn")(torch.randn(3, 8), SETS).shape == (3, 3, 32, 32)
 
 
+def test_cdcgan_s_labels_join_z_together_or_each_a_third_of_it():
+    z, hot = torch.randn(3, 6), multi_hot(SETS, 24)
+    for cond, parts in (("joint", 1), ("objects", 3)):
+        G, inputs = cdcgan.Generator(24, 6, 4, 64, cond).eval(), []
+        G.layers.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
+        G(z, SETS)
+        given = [(z, hot)] if parts == 1 else [
+            (z[:, 2 * k:2 * k + 2], multi_hot(SETS[:, k:k + 1], 24)) for k in range(3)]
+        each = [G.first(torch.cat(pair, 1)[..., None, None]) for pair in given]
+        there = [label.any(1).view(3, 1, 1, 1) for _, label in given]  # an object that is not gives nothing
+        torch.testing.assert_close(inputs[0], sum(h * t for h, t in zip(each, there, strict=True)))
+        assert G(torch.randn(3, 6), SETS).shape == (3, 3, 64, 64)
+    assert cdcgan.Generator(24, 8, 4, 32, "objects")(torch.randn(3, 8), SETS).shape == (3, 3, 32, 32)
+
+
 def test_cdcgan_s_labels_are_a_plane_beside_the_image_or_a_projection():
     x, inputs, hot = torch.randn(3, 3, 64, 64), [], multi_hot(SETS, 24)
     D = cdcgan.Discriminator(24, 4, 64, "plane", "batch", False)
@@ -243,7 +259,7 @@ def test_cdcgan_s_labels_are_a_plane_beside_the_image_or_a_projection():
     D = cdcgan.Discriminator(24, 4, 64, "projection", "none", True)
     h = D.layers(x)
     expected = D.last(h).flatten() + torch.einsum("ny,fy,nf->n", hot, D.embed.weight, h.flatten(1))
-    torch.testing.assert_close(D(x, SETS), (expected, D.classify(h.flatten(1))))
+    torch.testing.assert_close(D(x, SETS), expected)
 
 
 @pytest.mark.parametrize("cond", ["maps", "input"])
@@ -285,7 +301,7 @@ def test_projection_is_summed_in_fp32_under_autocast(name, fields, net):
         if isinstance(module := getattr(D, key, None), nn.Module):
             module.register_forward_hook(lambda _m, given, out, key=key: seen.update({key: (given[0], out)}))
     with torch.autocast("cpu", torch.bfloat16):
-        score = D(x, *y) if name == "sngan_iclevr" else D(x, *y)[0]
+        score = D(x, *y)[0] if name == "acgan_celeba" else D(x, *y)
     (h, alone), vector = seen[net], seen.get("join", seen["embed"])[1]
     assert h.dtype == torch.bfloat16
     expected = alone.flatten().double() + (vector.double() * h.flatten(1).double()).sum(1)
