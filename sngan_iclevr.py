@@ -60,7 +60,6 @@ class Config(Settings):
     loss: Literal["hinge", "rahinge", "rpgan"] = "hinge"  # hinge, relativistic average hinge, or pairing loss
     gamma: float = 0.0  # γ of R1 and R2, penalties on D's gradients at real and generated images
     aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses
-    nothing_weight: float = 0.0  # share of aux_weight by which it learns to find nothing in generated images
     beta1: float = 0.5  # Adam's β1, for both networks
     beta2: float = 0.999  # Adam's β2
     add_noise: bool = True  # add U(0, 1/128) to the images D is given
@@ -72,8 +71,8 @@ class Config(Settings):
 RECIPES = {
     "paper": {},
     "r3gan": dict(loss="rpgan", g_net="cnn", d_net="cnn", d_norm="none", label_embed="sum", aux_weight=5.0,
-                  nothing_weight=0.3, gamma=0.25, n_dis=1, batch_size=32, z_dim=96, lr_g=8e-4, lr_d=8e-4,
-                  lr_decay_from=0.5, beta1=0.0, beta2=0.99, augment=0.0625),
+                  gamma=0.25, n_dis=1, batch_size=32, z_dim=96, lr_g=8e-4, lr_d=8e-4, lr_decay_from=0.5,
+                  beta1=0.0, beta2=0.99, augment=0.0625),
 }
 QUICK = dict(recipe="r3gan", iters=5000, batch_size=16, ch=16, n_scenes=4000, judge_width=16,
              lr_g=1.5e-3, lr_d=1.5e-3,  # narrow layers bear higher rates than wide ones
@@ -231,7 +230,7 @@ D_LOSS = {"hinge": losses.hinge_d, "rpgan": losses.rpgan,
 
 def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
     """Update D with real and generated images [B, 3, S, S] of the same labels [B, 3]. Reads cfg.loss,
-    flip_labels, gamma, aux_weight, nothing_weight, precision.
+    flip_labels, gamma, aux_weight, precision.
     """
     aux = nothing = gp = real.new_zeros(())
     with cached_spectral_norm(D):
@@ -239,8 +238,9 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
             scores = D(torch.cat([real, fake]), y.repeat(2, 1))
             if cfg.aux_weight:
                 aux = losses.aux_classification_loss(D.classify(real), y)
-            if cfg.aux_weight and cfg.nothing_weight:  # else mere specks could please the classifier
-                nothing = F.softplus(D.classify(fake)).mean()  # cross-entropy, no label being true
+                # it also learns to find nothing in generated images, else mere specks could please it: the
+                # cross-entropy with no label being true, at 0.3 of the weight; 0 and 1 teach G less
+                nothing = 0.3 * F.softplus(D.classify(fake)).mean()
         score_real, score_fake = first, second = scores.float().chunk(2)
         if cfg.gamma:  # an eighth of the batch gives an unbiased estimate at an eighth of the cost
             y_some = y[::8].repeat(2, 1)
@@ -249,7 +249,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
         swap = torch.rand(len(real), device=real.device) < cfg.flip_labels
         first, second = score_real.where(~swap, score_fake), score_fake.where(~swap, score_real)
     loss = D_LOSS[cfg.loss](first, second) + cfg.gamma * gp
-    loss = loss + cfg.aux_weight * (aux + cfg.nothing_weight * nothing)
+    loss = loss + cfg.aux_weight * (aux + nothing)
     opt.zero_grad()
     loss.backward()
     dist.average_gradients(opt)  # under torchrun

@@ -52,7 +52,6 @@ ROWS = {
     "4 D steps": Row("sngan_iclevr", "--n-dis 4", SNGAN, "uses 4"),
     NO_EMA: Row("sngan_iclevr", None, SNGAN, "uses no EMA"),
     "no auxiliary classifier": Row("sngan_iclevr", "--aux-weight 0", SNGAN, "uses none"),
-    "classifier of real images only": Row("sngan_iclevr", "--nothing-weight 0", SNGAN, ""),
     "hinge loss": Row("sngan_iclevr", "--loss hinge", SNGAN, "uses hinge"),
     "relativistic hinge": Row("sngan_iclevr", "--loss rahinge", "hinge loss", "finds it worse"),
     SPECTRAL: Row("sngan_iclevr", "--gamma 0 --d-norm spectral", SNGAN, "uses spectral norm"),
