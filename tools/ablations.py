@@ -65,6 +65,7 @@ ROWS = {
                           SNGAN, "uses all of it, at full width"),
     CDCGAN: Row("cdcgan_iclevr", "", SNGAN, "0.62 at full size, by the course's judge"),
     NO_CLASSIFIER: Row("cdcgan_iclevr", "--aux-weight 0", CDCGAN, "uses none"),
+    "cDCGAN, labels joined": Row("cdcgan_iclevr", "--g-cond joint", CDCGAN, "joins them"),
     "cDCGAN, label map": Row("cdcgan_iclevr", "--d-cond plane --aux-weight 0", NO_CLASSIFIER, "uses it"),
     "cDCGAN, batch norm for penalties": Row("cdcgan_iclevr", "--gamma 0 --d-norm batch", CDCGAN,
                                             "uses batch norm"),
@@ -109,8 +110,8 @@ def load(args, row: str, seed: int) -> tuple[torch.nn.Module, object, Data]:
     cfg = stored_config(script.Config, folder, f"{ROWS[row].script}.py", {}, [])
     state = load_verified(folder / "last.pt")
     data = Data.from_metadata(state["data"])
-    kind = [cfg.g_net] if hasattr(cfg, "g_net") else []
-    G = script.Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size, *kind)
+    kind = cfg.g_net if hasattr(cfg, "g_net") else cfg.g_cond
+    G = script.Generator(len(data.classes), cfg.z_dim, cfg.ch, cfg.image_size, kind)
     G.load_state_dict(state["G" if row == NO_EMA else "ema"])
     return G.eval().requires_grad_(False), cfg, data
 
