@@ -179,8 +179,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
         score_real, score_fake = D(real, y), D(fake, y)
         if cfg.aux_weight:
             aux = losses.aux_classification_loss(D.classify(real), y)
-            # it also learns to find nothing in generated images, else mere specks could please it: the
-            # cross-entropy with no label being true, at 0.3 of the weight; 0 and 1 teach G less
+            # it is to find nothing in generated images, else mere specks please it; 0 and 1 teach less
             nothing = 0.3 * F.softplus(D.classify(fake)).mean()
     score_real, score_fake = score_real.float(), score_fake.float()
     if cfg.gamma:  # an unbiased estimate of the penalty from an eighth of the batch, at an eighth of the cost

@@ -74,9 +74,9 @@ RECIPES = {
                   gamma=0.25, n_dis=1, batch_size=32, z_dim=96, lr_g=8e-4, lr_d=8e-4, lr_decay_from=0.5,
                   beta1=0.0, beta2=0.99, augment=0.0625),
 }
-QUICK = dict(recipe="r3gan", iters=5000, batch_size=16, ch=16, n_scenes=4000, judge_width=16,
+QUICK = dict(recipe="r3gan", iters=4000, batch_size=16, ch=16, n_scenes=4000, judge_width=16,
              lr_g=1.5e-3, lr_d=1.5e-3,  # narrow layers bear higher rates than wide ones
-             log_every=50, sample_every=200, eval_every=2500)
+             log_every=50, sample_every=200, eval_every=2000)
 
 
 # ---------------------------------------------------------------------- networks
@@ -238,8 +238,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
             scores = D(torch.cat([real, fake]), y.repeat(2, 1))
             if cfg.aux_weight:
                 aux = losses.aux_classification_loss(D.classify(real), y)
-                # it also learns to find nothing in generated images, else mere specks could please it: the
-                # cross-entropy with no label being true, at 0.3 of the weight; 0 and 1 teach G less
+                # it is to find nothing in generated images, else mere specks please it; 0 and 1 teach less
                 nothing = 0.3 * F.softplus(D.classify(fake)).mean()
         score_real, score_fake = first, second = scores.float().chunk(2)
         if cfg.gamma:  # an eighth of the batch gives an unbiased estimate at an eighth of the cost
