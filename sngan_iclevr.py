@@ -160,7 +160,8 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 class Generator(nn.Module):
     """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; labels enter by each block's norms. net
-    "cnn": each object has a third of z for its place and view, and the first block's input is their sum.
+    "cnn": each object has a third of z for its place and view, whose first number also draws which one is the
+    first (the middle one in i-CLEVR), second and third; the first block's input is the sum over objects.
     """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, net: str):
@@ -171,7 +172,7 @@ class Generator(nn.Module):
             self.blocks = nn.ModuleList(UpBlock(i, o, n_classes) for i, o in pairwise(w))
             self.norm, self.last = nn.BatchNorm2d(ch), init_xavier(nn.Conv2d(ch, 3, 1))
         else:  # the last block gives the image
-            self.embed = nn.Embedding(n_classes + 1, z_dim // 3)
+            self.embed, self.order = nn.Embedding(n_classes + 1, z_dim // 3), nn.Embedding(3, z_dim // 3)
             self.first = init_xavier(nn.Linear(2 * (z_dim // 3), w[0] * 4 * 4), 2**0.5)
             self.blocks = nn.ModuleList(UpConv(i, o, n_classes) for i, o in pairwise([*w[:-1], 3]))
 
@@ -179,9 +180,11 @@ class Generator(nn.Module):
         if self.net == "resnet":
             h = self.first(z)
         else:
-            z = z[:, :3 * (z.shape[1] // 3)].unflatten(1, (3, -1))
-            h = self.first(torch.cat([z, self.embed(labels)], 2))  # [B, 3, 16·ch · 4 · 4]
-            h = (F.leaky_relu(h) * (labels != self.null)[..., None]).sum(1)
+            z, here = z[:, :3 * (z.shape[1] // 3)].unflatten(1, (3, -1)), labels != self.null
+            draw = z[..., 0].masked_fill(~here, -torch.inf)
+            rank = (draw[:, None] > draw[..., None]).sum(2)  # [B, 3]; alike, two objects would share a place
+            h = self.first(torch.cat([z, self.embed(labels) + self.order(rank)], 2))  # [B, 3, 16·ch · 4 · 4]
+            h = (F.leaky_relu(h) * here[..., None]).sum(1)
         h = h.unflatten(1, (-1, 4, 4))  # [B, 16·ch, 4, 4]
         for block in self.blocks:
             h = block(h, labels)  # [B, 8·ch, 8, 8], [B, 4·ch, 16, 16], [B, 2·ch, 32, 32], [B, ch, 64, 64]
