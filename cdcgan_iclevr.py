@@ -96,7 +96,8 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 class Generator(nn.Module):
     """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; the labels are concatenated to z. cond
-    "objects": each label to a third of z, for its object's place and view; `first`'s outputs are summed.
+    "objects": each label to a third of z, for its object's place and view, whose first number also draws
+    which one is the first (the middle one in i-CLEVR), second and third; `first`'s outputs are summed.
     """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, cond: str):
@@ -105,7 +106,8 @@ class Generator(nn.Module):
 
         def up(i: int, o: int, stride: int, padding: int) -> list[nn.Module]:
             return [nn.ConvTranspose2d(i, o, 4, stride, padding, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-        self.first = nn.Sequential(*up(z_dim // self.parts + n_classes, w[0], 1, 0))  # [B, 8·ch, 4, 4]
+        dims = z_dim + n_classes if cond == "joint" else z_dim // 3 + n_classes + 3
+        self.first = nn.Sequential(*up(dims, w[0], 1, 0))  # [B, 8·ch, 4, 4]
         layers = [layer for i, o in pairwise(w) for layer in up(i, o, 2, 1)]
         self.layers = nn.Sequential(*layers,  # [B, 4·ch, 8, 8], [B, 2·ch, 16, 16], [B, ch, 32, 32]
                                     nn.ConvTranspose2d(ch, 3, 4, 2, 1), nn.Tanh())  # [B, 3, 64, 64]
@@ -113,8 +115,12 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         y = multi_hot(labels.reshape(-1, 3 // self.parts), self.n_classes)  # [B·parts, n_classes]
-        z = z[:, :z.shape[1] // self.parts * self.parts].reshape(len(y), -1)
-        h = self.first(torch.cat([z, y], 1)[..., None, None]) * y.amax(1)[:, None, None, None]
+        z, here = z[:, :z.shape[1] // self.parts * self.parts].reshape(len(y), -1), y.amax(1, keepdim=True)
+        if self.parts > 1:  # alike, two objects would share a place
+            draw = z[:, 0].masked_fill(here[:, 0] == 0, -torch.inf).view(-1, self.parts)
+            rank = (draw[:, None] > draw[..., None]).sum(2).flatten()
+            y = torch.cat([y, torch.eye(self.parts, device=z.device)[rank]], 1)
+        h = self.first(torch.cat([z, y], 1)[..., None, None]) * here[..., None, None]
         return self.layers(h.unflatten(0, (-1, self.parts)).sum(1))
 
 

@@ -225,26 +225,28 @@ def test_sngan_s_score_is_its_formula_and_null_labels_add_exactly_zero(net, labe
 def test_sngan_s_objects_have_a_third_of_z_each_and_their_sum_is_g_s_input():
     G, inputs = sngan.Generator(24, 6, 4, 32, "cnn"), []
     G.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(1)))
-    z = torch.randn(3, 6)
+    z = torch.tensor([[5.0, 1, 9, 1, 9, 1], [-1, 0, 3, 0, 2, 0], [0, 1, 4, 0, 9, 0]])
     G(z, SETS)
-    one = [[F.leaky_relu(G.first(torch.cat([z[i, 2 * k:2 * k + 2], G.embed.weight[label]])))
-            for k, label in enumerate(labels) if label != NULL] for i, labels in enumerate(SETS)]
+    order = [[0], [2, 0, 1], [1, 0]]  # largest first number first; those of absent objects don't count
+    one = [[F.leaky_relu(G.first(torch.cat([z[i, 2 * k:2 * k + 2],
+                                            G.embed.weight[SETS[i, k]] + G.order.weight[rank]])))
+            for k, rank in enumerate(order[i])] for i in range(3)]
     torch.testing.assert_close(inputs[0], torch.stack([sum(objects) for objects in one]))
     assert sngan.Generator(24, 8, 4, 32, "cnn")(torch.randn(3, 8), SETS).shape == (3, 3, 32, 32)
 
 
 def test_cdcgan_s_labels_join_z_together_or_each_a_third_of_it():
-    z, hot = torch.randn(3, 6), multi_hot(SETS, 24)
-    for cond, parts in (("joint", 1), ("objects", 3)):
+    z = torch.tensor([[5.0, 1, 9, 1, 9, 1], [-1, 0, 3, 0, 2, 0], [0, 1, 4, 0, 9, 0]])
+    order = torch.tensor([[0, 1, 1], [2, 0, 1], [1, 0, 2]])  # largest first number first; NULL's are not used
+    parts = [torch.cat([z[:, 2 * k:2 * k + 2], multi_hot(SETS[:, k:k + 1], 24), torch.eye(3)[order[:, k]]], 1)
+             for k in range(3)]
+    for cond, given in (("joint", [torch.cat([z, multi_hot(SETS, 24)], 1)]), ("objects", parts)):
         G, inputs = cdcgan.Generator(24, 6, 4, 64, cond).eval(), []
         G.layers.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
         G(z, SETS)
-        given = [(z, hot)] if parts == 1 else [
-            (z[:, 2 * k:2 * k + 2], multi_hot(SETS[:, k:k + 1], 24)) for k in range(3)]
-        each = [G.first(torch.cat(pair, 1)[..., None, None]) for pair in given]
-        there = [label.any(1).view(3, 1, 1, 1) for _, label in given]  # an object that is not gives nothing
-        torch.testing.assert_close(inputs[0], sum(h * t for h, t in zip(each, there, strict=True)))
-        assert G(torch.randn(3, 6), SETS).shape == (3, 3, 64, 64)
+        there = [1 if cond == "joint" else (SETS[:, k] != NULL).view(3, 1, 1, 1) for k in range(len(given))]
+        expected = sum(G.first(x[..., None, None]) * t for x, t in zip(given, there, strict=True))
+        torch.testing.assert_close(inputs[0], expected)
     assert cdcgan.Generator(24, 8, 4, 32, "objects")(torch.randn(3, 8), SETS).shape == (3, 3, 32, 32)
 
 
