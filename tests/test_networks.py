@@ -86,8 +86,8 @@ def test_convolutions_are_the_report_s():
 
 def test_other_layers_are_the_report_s():
     G = sngan.Generator(24, 128, 64, 64, "resnet")
-    assert [b.conv.weight.shape[:2] for b in sngan.Generator(24, 128, 64, 64, "cnn").blocks] == [
-        (1024, 512), (512, 256), (256, 128), (128, 3)]
+    convs = sngan.Generator(24, 128, 64, 64, "cnn").layers[2::3]
+    assert [conv.weight.shape[:2] for conv in convs] == [(1024, 512), (512, 256), (256, 128), (128, 3)]
     D = sngan.Discriminator(24, 64, 64, "resnet", "none", "linear", False)
     assert [b.conv1.weight.shape[:2] for b in G.blocks] == [(512, 1024), (256, 512), (128, 256), (64, 128)]
     assert [b.conv2.out_channels for b in D.layers] == [64, 128, 256, 512, 1024]
@@ -224,7 +224,7 @@ def test_sngan_s_score_is_its_formula_and_null_labels_add_exactly_zero(net, labe
 
 def test_sngan_s_objects_have_a_third_of_z_each_and_their_sum_is_g_s_input():
     G, inputs = sngan.Generator(24, 6, 4, 32, "cnn"), []
-    G.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(1)))
+    G.layers.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(1)))
     z = torch.tensor([[5.0, 1, 9, 1, 9, 1], [-1, 0, 3, 0, 2, 0], [0, 1, 4, 0, 9, 0]])
     G(z, SETS)
     order = [[0], [2, 0, 1], [1, 0]]  # largest first number first; those of absent objects don't count
