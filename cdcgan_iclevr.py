@@ -116,7 +116,7 @@ class Generator(nn.Module):
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         y = multi_hot(labels.reshape(-1, 3 // self.parts), self.n_classes)  # [B·parts, n_classes]
         z, here = z[:, :z.shape[1] // self.parts * self.parts].reshape(len(y), -1), y.amax(1, keepdim=True)
-        if self.parts > 1:  # the order tells objects of one colour apart
+        if self.parts > 1:  # an order, so that objects of one colour differ
             draw = z[:, 0].masked_fill(here[:, 0] == 0, -torch.inf).view(-1, self.parts)
             rank = (draw[:, None] > draw[..., None]).sum(2).flatten()
             y = torch.cat([y, torch.eye(self.parts, device=z.device)[rank]], 1)

@@ -174,7 +174,7 @@ class Generator(nn.Module):
             return self.last(F.leaky_relu(self.norm(h))).tanh()
         z, here = z[:, :3 * (z.shape[1] // 3)].unflatten(1, (3, -1)), labels != self.null
         draw = z[..., 0].masked_fill(~here, -torch.inf)
-        rank = (draw[:, None] > draw[..., None]).sum(2)  # [B, 3]; it tells objects of one colour apart
+        rank = (draw[:, None] > draw[..., None]).sum(2)  # [B, 3]; so that objects of one colour differ
         h = self.first(torch.cat([z, self.embed(labels) + self.order(rank)], 2))  # [B, 3, 16·ch · 4 · 4]
         h = (F.leaky_relu(h) * here[..., None]).sum(1)
         return self.layers(h.unflatten(1, (-1, 4, 4))).tanh()
