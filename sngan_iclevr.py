@@ -148,8 +148,9 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 class Generator(nn.Module):
     """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]. net "resnet": labels enter by the blocks'
-    norms; "cnn": beside z, of which each object has a third, for its place and view. The first number of that
-    draws which object is the first (the middle one in i-CLEVR), second and third. Their sum goes on.
+    norms; "cnn": each with a third of z, which places and turns its object and by its first number draws
+    which object is the first (the middle one in i-CLEVR), second and third. Each object has layers of its own
+    up to 8×8, where at each place one of them is in front; so two of one colour do not melt into one.
     """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, net: str):
@@ -160,11 +161,13 @@ class Generator(nn.Module):
             self.blocks = nn.ModuleList(UpBlock(i, o, n_classes) for i, o in pairwise(w))
             self.norm, self.last = nn.BatchNorm2d(ch), init_xavier(nn.Conv2d(ch, 3, 1))
         else:
+            def up(i: int, o: int) -> list[nn.Module]:
+                return [nn.BatchNorm2d(i), nn.LeakyReLU(), init_xavier(nn.ConvTranspose2d(i, o, 4, 2, 1))]
             self.embed, self.order = nn.Embedding(n_classes + 1, z_dim // 3), nn.Embedding(3, z_dim // 3)
-            self.first = init_xavier(nn.Linear(2 * (z_dim // 3), w[0] * 4 * 4), 2**0.5)
-            ups = [(nn.BatchNorm2d(i), nn.LeakyReLU(), init_xavier(nn.ConvTranspose2d(i, o, 4, 2, 1)))
-                   for i, o in pairwise([*w[:-1], 3])]  # [B, 8·ch, 8, 8], … [B, 2·ch, 32, 32], [B, 3, 64, 64]
-            self.layers = nn.Sequential(*(layer for up in ups for layer in up))
+            self.first = init_xavier(nn.Linear(2 * (z_dim // 3), w[1] * 4 * 4), 2**0.5)
+            self.each = nn.Sequential(*up(w[1], w[1] + 1))  # [3·B, 8·ch + 1, 8, 8]
+            layers = [layer for i, o in pairwise([*w[1:-1], 3]) for layer in up(i, o)]
+            self.layers = nn.Sequential(*layers)  # [B, 4·ch, 16, 16], [B, 2·ch, 32, 32], [B, 3, 64, 64]
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         if self.net == "resnet":
@@ -174,10 +177,11 @@ class Generator(nn.Module):
             return self.last(F.leaky_relu(self.norm(h))).tanh()
         z, here = z[:, :3 * (z.shape[1] // 3)].unflatten(1, (3, -1)), labels != self.null
         draw = z[..., 0].masked_fill(~here, -torch.inf)
-        rank = (draw[:, None] > draw[..., None]).sum(2)  # [B, 3]; so that objects of one colour differ
-        h = self.first(torch.cat([z, self.embed(labels) + self.order(rank)], 2))  # [B, 3, 16·ch · 4 · 4]
-        h = (F.leaky_relu(h) * here[..., None]).sum(1)
-        return self.layers(h.unflatten(1, (-1, 4, 4))).tanh()
+        rank = (draw[:, None] > draw[..., None]).sum(2)  # [B, 3]
+        h = self.first(torch.cat([z, self.embed(labels) + self.order(rank)], 2).flatten(0, 1))
+        h = self.each(h.unflatten(1, (-1, 4, 4))).unflatten(0, (-1, 3))  # [B, 3, 8·ch + 1, 8, 8]
+        front = h[:, :, :1].masked_fill(~here[..., None, None, None], -torch.inf).softmax(1)
+        return self.layers((front * h[:, :, 1:]).sum(1)).tanh()
 
 
 class Discriminator(nn.Module):

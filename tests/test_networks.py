@@ -86,8 +86,9 @@ def test_convolutions_are_the_report_s():
 
 def test_other_layers_are_the_report_s():
     G = sngan.Generator(24, 128, 64, 64, "resnet")
-    convs = sngan.Generator(24, 128, 64, 64, "cnn").layers[2::3]
-    assert [conv.weight.shape[:2] for conv in convs] == [(1024, 512), (512, 256), (256, 128), (128, 3)]
+    plain = sngan.Generator(24, 128, 64, 64, "cnn")
+    shapes = [conv.weight.shape[:2] for conv in (plain.each[2], *plain.layers[2::3])]
+    assert shapes == [(512, 513), (512, 256), (256, 128), (128, 3)]
     D = sngan.Discriminator(24, 64, 64, "resnet", "none", "linear", False)
     assert [b.conv1.weight.shape[:2] for b in G.blocks] == [(512, 1024), (256, 512), (128, 256), (64, 128)]
     assert [b.conv2.out_channels for b in D.layers] == [64, 128, 256, 512, 1024]
@@ -222,16 +223,18 @@ def test_sngan_s_score_is_its_formula_and_null_labels_add_exactly_zero(net, labe
     assert torch.equal(D(x, torch.full((3, 3), NULL)), D.linear(h)[:, 0])
 
 
-def test_sngan_s_objects_have_a_third_of_z_each_and_their_sum_is_g_s_input():
-    G, inputs = sngan.Generator(24, 6, 4, 32, "cnn"), []
-    G.layers.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(1)))
+def test_sngan_s_objects_have_a_third_of_z_each_and_one_of_them_is_in_front_at_each_place():
+    G, inputs = sngan.Generator(24, 6, 4, 32, "cnn").eval(), []
+    G.layers.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     z = torch.tensor([[5.0, 1, 9, 1, 9, 1], [-1, 0, 3, 0, 2, 0], [0, 1, 4, 0, 9, 0]])
     G(z, SETS)
     order = [[0], [2, 0, 1], [1, 0]]  # largest first number first; those of absent objects don't count
-    one = [[F.leaky_relu(G.first(torch.cat([z[i, 2 * k:2 * k + 2],
-                                            G.embed.weight[SETS[i, k]] + G.order.weight[rank]])))
-            for k, rank in enumerate(order[i])] for i in range(3)]
-    torch.testing.assert_close(inputs[0], torch.stack([sum(objects) for objects in one]))
+    for i, ranks in enumerate(order):
+        parts = [torch.cat([z[i, 2 * k:2 * k + 2], G.embed.weight[SETS[i, k]] + G.order.weight[rank]])
+                 for k, rank in enumerate(ranks)]
+        maps = G.each(G.first(torch.stack(parts)).unflatten(1, (-1, 4, 4)))
+        share = maps[:, :1].exp() / maps[:, :1].exp().sum(0)
+        torch.testing.assert_close(inputs[0][i], (share * maps[:, 1:]).sum(0))
     assert sngan.Generator(24, 8, 4, 32, "cnn")(torch.randn(3, 8), SETS).shape == (3, 3, 32, 32)
 
 
