@@ -96,32 +96,37 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 class Generator(nn.Module):
     """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; the labels are concatenated to z. cond
-    "objects": each label to a third of z, for its object's place and view, whose first number also draws
-    which one is the first (the middle one in i-CLEVR), second and third; `first`'s outputs are summed.
+    "objects": each label to a third of z, which places and turns its object and by its first number draws
+    which object is the first (the middle one in i-CLEVR), second and third. Each object has layers of its own
+    up to 8×8, where at each place one of them is in front; so two of one colour do not melt into one.
     """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, cond: str):
         super().__init__()
-        self.n_classes, self.parts, w = n_classes, 3 if cond == "objects" else 1, widths(ch, image_size)[::-1]
+        self.n_classes, self.cond, w = n_classes, cond, widths(ch, image_size)[::-1]
+        dims, out = (z_dim + n_classes, w[1]) if cond == "joint" else (z_dim // 3 + n_classes + 4, w[1] + 1)
 
-        def up(i: int, o: int, stride: int, padding: int) -> list[nn.Module]:
-            return [nn.ConvTranspose2d(i, o, 4, stride, padding, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-        dims = z_dim + n_classes if cond == "joint" else z_dim // 3 + n_classes + 3
-        self.first = nn.Sequential(*up(dims, w[0], 1, 0))  # [B, 8·ch, 4, 4]
-        layers = [layer for i, o in pairwise(w) for layer in up(i, o, 2, 1)]
-        self.layers = nn.Sequential(*layers,  # [B, 4·ch, 8, 8], [B, 2·ch, 16, 16], [B, ch, 32, 32]
+        def up(i: int, o: int, stride: int = 2, padding: int = 1) -> nn.Module:
+            return nn.ConvTranspose2d(i, o, 4, stride, padding, bias=False)
+        self.first = nn.Sequential(up(dims, w[0], 1, 0), nn.BatchNorm2d(w[0]), nn.ReLU(),  # [B, 8·ch, 4, 4]
+                                   up(w[0], out))  # [B, 4·ch, 8, 8], of objects [3·B, 4·ch + 1, 8, 8]
+        ups = [(nn.BatchNorm2d(i), nn.ReLU(), up(i, o)) for i, o in pairwise(w[1:])]
+        self.layers = nn.Sequential(*(layer for layers in ups for layer in layers),
+                                    nn.BatchNorm2d(ch), nn.ReLU(),  # [B, 2·ch, 16, 16], [B, ch, 32, 32]
                                     nn.ConvTranspose2d(ch, 3, 4, 2, 1), nn.Tanh())  # [B, 3, 64, 64]
         init_dcgan(self)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        y = multi_hot(labels.reshape(-1, 3 // self.parts), self.n_classes)  # [B·parts, n_classes]
-        z, here = z[:, :z.shape[1] // self.parts * self.parts].reshape(len(y), -1), y.amax(1, keepdim=True)
-        if self.parts > 1:  # an order, so that objects of one colour differ
-            draw = z[:, 0].masked_fill(here[:, 0] == 0, -torch.inf).view(-1, self.parts)
-            rank = (draw[:, None] > draw[..., None]).sum(2).flatten()
-            y = torch.cat([y, torch.eye(self.parts, device=z.device)[rank]], 1)
-        h = self.first(torch.cat([z, y], 1)[..., None, None]) * here[..., None, None]
-        return self.layers(h.unflatten(0, (-1, self.parts)).sum(1))
+        if self.cond == "joint":
+            y = multi_hot(labels, self.n_classes)
+            return self.layers(self.first(torch.cat([z, y], 1)[..., None, None]))
+        z, here = z[:, :3 * (z.shape[1] // 3)].unflatten(1, (3, -1)), labels < self.n_classes
+        draw = z[..., 0].masked_fill(~here, -torch.inf)
+        rank = (draw[:, None] > draw[..., None]).sum(2)  # [B, 3]
+        y = [torch.eye(n, device=z.device)[ids] for n, ids in ((self.n_classes + 1, labels), (3, rank))]
+        h = self.first(torch.cat([z, *y], 2).flatten(0, 1)[..., None, None]).unflatten(0, (-1, 3))
+        front = h[:, :, :1].masked_fill(~here[..., None, None, None], -torch.inf).softmax(1)
+        return self.layers((front * h[:, :, 1:]).sum(1))
 
 
 class Discriminator(nn.Module):

@@ -238,18 +238,23 @@ def test_sngan_s_objects_have_a_third_of_z_each_and_one_of_them_is_in_front_at_e
     assert sngan.Generator(24, 8, 4, 32, "cnn")(torch.randn(3, 8), SETS).shape == (3, 3, 32, 32)
 
 
-def test_cdcgan_s_labels_join_z_together_or_each_a_third_of_it():
+def test_cdcgan_s_labels_join_z_together_or_each_a_third_of_it_with_one_object_in_front():
     z = torch.tensor([[5.0, 1, 9, 1, 9, 1], [-1, 0, 3, 0, 2, 0], [0, 1, 4, 0, 9, 0]])
-    order = torch.tensor([[0, 1, 1], [2, 0, 1], [1, 0, 2]])  # largest first number first; NULL's are not used
-    parts = [torch.cat([z[:, 2 * k:2 * k + 2], multi_hot(SETS[:, k:k + 1], 24), torch.eye(3)[order[:, k]]], 1)
-             for k in range(3)]
-    for cond, given in (("joint", [torch.cat([z, multi_hot(SETS, 24)], 1)]), ("objects", parts)):
+    order = [[0], [2, 0, 1], [1, 0]]  # largest first number first; those of absent objects don't count
+    for cond in ("joint", "objects"):
         G, inputs = cdcgan.Generator(24, 6, 4, 64, cond).eval(), []
+        nn.init.normal_(G.first[-1].weight)  # so that shares differ
         G.layers.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
         G(z, SETS)
-        there = [1 if cond == "joint" else (SETS[:, k] != NULL).view(3, 1, 1, 1) for k in range(len(given))]
-        expected = sum(G.first(x[..., None, None]) * t for x, t in zip(given, there, strict=True))
-        torch.testing.assert_close(inputs[0], expected)
+        for i, ranks in enumerate(order):
+            parts = [torch.cat([z[i, 2 * k:2 * k + 2], torch.eye(25)[SETS[i, k]], torch.eye(3)[rank]])
+                     for k, rank in enumerate(ranks)]
+            if cond == "joint":
+                parts = [torch.cat([z[i], multi_hot(SETS[i:i + 1], 24)[0]])]
+            maps = G.first(torch.stack(parts)[..., None, None])
+            if cond == "objects":
+                maps = maps[:, :1].exp() / maps[:, :1].exp().sum(0) * maps[:, 1:]
+            torch.testing.assert_close(inputs[0][i], maps.sum(0))
     assert cdcgan.Generator(24, 8, 4, 32, "objects")(torch.randn(3, 8), SETS).shape == (3, 3, 32, 32)
 
 
