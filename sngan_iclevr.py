@@ -74,9 +74,9 @@ RECIPES = {
                   gamma=0.25, n_dis=1, batch_size=32, z_dim=96, lr_g=8e-4, lr_d=8e-4, lr_decay_from=0.5,
                   beta1=0.0, beta2=0.99, augment=0.0625),
 }
-QUICK = dict(recipe="r3gan", iters=4000, batch_size=16, ch=16, n_scenes=4000, judge_width=16,
+QUICK = dict(recipe="r3gan", iters=2000, batch_size=16, ch=16, n_scenes=4000, judge_width=16,
              lr_g=1.5e-3, lr_d=1.5e-3,  # narrow layers bear higher rates than wide ones
-             log_every=50, sample_every=200, eval_every=2000)
+             log_every=50, sample_every=100, eval_every=1000)
 
 
 # ---------------------------------------------------------------------- networks
