@@ -96,9 +96,9 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 class Generator(nn.Module):
     """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; the labels are concatenated to z. cond
-    "objects": each label to a third of z, which places and turns its object and by its first number draws
-    which object is the first (the middle one in i-CLEVR), second and third. Each object has layers of its own
-    up to 8×8, where at each place one of them is in front; so two of one colour do not melt into one.
+    "objects": each object is drawn up to 8×8 by itself, from its label and a third of z, whose first number
+    draws which one is first (in the middle, in i-CLEVR), second and third; at each place one then covers the
+    others.
     """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, cond: str):
@@ -121,8 +121,7 @@ class Generator(nn.Module):
             y = multi_hot(labels, self.n_classes)
             return self.layers(self.first(torch.cat([z, y], 1)[..., None, None]))
         z, here = z[:, :3 * (z.shape[1] // 3)].unflatten(1, (3, -1)), labels < self.n_classes
-        draw = z[..., 0].masked_fill(~here, -torch.inf)
-        rank = (draw[:, None] > draw[..., None]).sum(2)  # [B, 3]
+        rank = z[..., 0].masked_fill(~here, -torch.inf).argsort(1, descending=True).argsort(1)  # [B, 3]
         y = [torch.eye(n, device=z.device)[ids] for n, ids in ((self.n_classes + 1, labels), (3, rank))]
         h = self.first(torch.cat([z, *y], 2).flatten(0, 1)[..., None, None]).unflatten(0, (-1, 3))
         front = h[:, :, :1].masked_fill(~here[..., None, None, None], -torch.inf).softmax(1)

@@ -1,9 +1,8 @@
 """SNGAN with a projection discriminator on i-CLEVR: images of one to three requested objects.
 
-Spectral norm: Miyato et al. 2018; projection: Miyato & Koyama 2018. --recipe r3gan learns the labels several
-times faster: a plain G with noise of its own for each object, a plain D, the relativistic pairing loss with
-R1 and R2 penalties (Huang et al. 2024), and an auxiliary classifier (Odena et al. 2017), which also learns to
-find nothing in generated images. Results, with commands and hardware: results/README.md.
+Spectral norm: Miyato et al. 2018; projection: Miyato & Koyama 2018. --recipe r3gan learns the labels far
+faster: a G that draws each object by itself, a plain D, the relativistic pairing loss with R1 and R2 penalties
+(Huang et al. 2024) and an auxiliary classifier (Odena et al. 2017). Results: results/README.md.
 
     python sngan_iclevr.py --quick                     # recipe r3gan, minutes on two CPU cores
     python sngan_iclevr.py --iters 30000               # the paper's recipe at full size, one GPU
@@ -39,7 +38,7 @@ from harness.run import Run, launch
 
 @dataclass
 class Config(Settings):
-    recipe: Literal["paper", "r3gan"] = "paper"  # method; r3gan learns the labels several times faster
+    recipe: Literal["paper", "r3gan"] = "paper"  # method; r3gan learns the labels far faster
     iters: int = 30_000  # iterations; one is n_dis steps of D and one of G
     batch_size: int = 64  # images per step
     lr_g: float = 3e-4  # Adam's learning rate for G
@@ -147,10 +146,9 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 
 class Generator(nn.Module):
-    """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]. net "resnet": labels enter by the blocks'
-    norms; "cnn": each with a third of z, which places and turns its object and by its first number draws
-    which object is the first (the middle one in i-CLEVR), second and third. Each object has layers of its own
-    up to 8×8, where at each place one of them is in front; so two of one colour do not melt into one.
+    """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]. net "resnet": labels enter by the norms.
+    "cnn": each object is drawn up to 8×8 by itself, from its label and a third of z, whose first number draws
+    which one is first (in the middle, in i-CLEVR), second and third; at each place one then covers the others.
     """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, net: str):
@@ -176,8 +174,7 @@ class Generator(nn.Module):
                 h = block(h, labels)
             return self.last(F.leaky_relu(self.norm(h))).tanh()
         z, here = z[:, :3 * (z.shape[1] // 3)].unflatten(1, (3, -1)), labels != self.null
-        draw = z[..., 0].masked_fill(~here, -torch.inf)
-        rank = (draw[:, None] > draw[..., None]).sum(2)  # [B, 3]
+        rank = z[..., 0].masked_fill(~here, -torch.inf).argsort(1, descending=True).argsort(1)  # [B, 3]
         h = self.first(torch.cat([z, self.embed(labels) + self.order(rank)], 2).flatten(0, 1))
         h = self.each(h.unflatten(1, (-1, 4, 4))).unflatten(0, (-1, 3))  # [B, 3, 8·ch + 1, 8, 8]
         front = h[:, :, :1].masked_fill(~here[..., None, None, None], -torch.inf).softmax(1)
@@ -243,8 +240,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     if cfg.flip_labels:  # swap the targets of some pairs of a real and a generated image
         swap = torch.rand(len(real), device=real.device) < cfg.flip_labels
         first, second = score_real.where(~swap, score_fake), score_fake.where(~swap, score_real)
-    loss = D_LOSS[cfg.loss](first, second) + cfg.gamma * gp
-    loss = loss + cfg.aux_weight * (aux + nothing)
+    loss = D_LOSS[cfg.loss](first, second) + cfg.gamma * gp + cfg.aux_weight * (aux + nothing)
     opt.zero_grad()
     loss.backward()
     dist.average_gradients(opt)  # under torchrun
