@@ -83,9 +83,9 @@ RECIPES = {
                   aux_weight=5.0, batch_size=32, z_dim=96, lr_g=8e-4, lr_d=8e-4, halve_every=0,
                   lr_decay_from=0.5, beta1=0.0, beta2=0.99, ema=0.999, augment=0.0625),
 }
-QUICK = dict(recipe="r3gan", iters=5000, batch_size=16, ch=16, n_scenes=4000, judge_width=16,
-             lr_g=2.5e-3, lr_d=2.5e-3,  # narrow layers bear higher rates than wide ones
-             log_every=50, sample_every=250, eval_every=2500)
+QUICK = dict(recipe="r3gan", iters=2500, batch_size=16, ch=16, n_scenes=4000, judge_width=16,
+             lr_g=1.5e-3, lr_d=1.5e-3,  # narrow layers bear higher rates than wide ones
+             log_every=50, sample_every=125, eval_every=1250)
 
 
 # ---------------------------------------------------------------------- networks
