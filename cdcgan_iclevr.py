@@ -1,10 +1,10 @@
 """Concat-conditioned DCGAN on i-CLEVR: images of one to three requested objects.
 
 DCGAN: Radford et al. 2016; conditions as inputs of both networks: Mirza & Osindero 2014. --recipe r3gan
-learns the labels several times faster: noise of its own for each object, projection (Miyato & Koyama 2018),
-the relativistic pairing loss with R1 and R2 penalties (Huang et al. 2024), no norm in D, and an auxiliary
-classifier (Odena et al. 2017). sngan_iclevr.py has the same data, scores and sample grids. Whole images are
-squeezed to a square: cropped, as in the reference report, they would lack objects that the labels name.
+learns the labels far faster: G draws each object by itself, D has projection (Miyato & Koyama 2018) and no
+norm, the loss is the relativistic pairing loss with R1 and R2 penalties (Huang et al. 2024), and there is an
+auxiliary classifier (Odena et al. 2017). sngan_iclevr.py has the same data, scores and sample grids. Whole
+images are squeezed to a square: cropped, as in the reference report, they would lack objects of their labels.
 
     python cdcgan_iclevr.py --quick                      # recipe r3gan, minutes on two CPU cores
     python cdcgan_iclevr.py                              # the paper's recipe, 700 epochs, one GPU
@@ -44,7 +44,7 @@ from harness.run import Run, launch
 
 @dataclass
 class Config(Settings):
-    recipe: Literal["paper", "r3gan"] = "paper"  # method; r3gan learns the labels several times faster
+    recipe: Literal["paper", "r3gan"] = "paper"  # method; r3gan learns the labels far faster
     iters: int = 98_000  # iterations; one is a step of D and one of G; 140 are an epoch of i-CLEVR
     batch_size: int = 128  # images per step
     lr_g: float = 2e-4  # Adam's learning rate for G
@@ -58,7 +58,7 @@ class Config(Settings):
     n_scenes: int = 6003  # synthetic scenes, of three images each
     eval_draws: int = 10  # draws of z averaged per score
     labels: str = ""  # with --to: n images of each set: "red cube, blue sphere; gray cylinder", or test.json
-    g_cond: Literal["joint", "objects"] = "joint"  # G gets all labels beside z, or each beside a third of z
+    g_cond: Literal["joint", "objects"] = "joint"  # G gets all labels beside z, or draws each object by itself
     d_cond: Literal["plane", "projection"] = "plane"  # labels enter D as a label map, or by projection
     d_norm: Literal["batch", "none"] = "batch"  # D's norm
     loss: Literal["bce", "rpgan"] = "bce"  # minimax with G's non-saturating loss, or relativistic pairing
@@ -96,9 +96,8 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 class Generator(nn.Module):
     """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; the labels are concatenated to z. cond
-    "objects": each object is drawn up to 8×8 by itself, from its label and a third of z, whose first number
-    draws which one is first (in the middle, in i-CLEVR), second and third; at each place one then covers the
-    others.
+    "objects": each object is drawn up to 8×8 by itself, of its label and a third of z, whose first number
+    draws which is first (in the middle, in i-CLEVR), second and third; at each place one covers the others.
     """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, cond: str):

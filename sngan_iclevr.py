@@ -1,8 +1,8 @@
 """SNGAN with a projection discriminator on i-CLEVR: images of one to three requested objects.
 
 Spectral norm: Miyato et al. 2018; projection: Miyato & Koyama 2018. --recipe r3gan learns the labels far
-faster: a G that draws each object by itself, a plain D, the relativistic pairing loss with R1 and R2 penalties
-(Huang et al. 2024) and an auxiliary classifier (Odena et al. 2017). Results: results/README.md.
+faster: G draws each object by itself, D is plain, the loss is the relativistic pairing loss with R1 and R2
+penalties (Huang et al. 2024), and there is an auxiliary classifier (Odena et al. 2017). Results: results/.
 
     python sngan_iclevr.py --quick                     # recipe r3gan, minutes on two CPU cores
     python sngan_iclevr.py --iters 30000               # the paper's recipe at full size, one GPU
@@ -52,7 +52,7 @@ class Config(Settings):
     n_scenes: int = 6003  # synthetic scenes, of three images each
     eval_draws: int = 10  # draws of z averaged per score
     labels: str = ""  # with --to: n images of each set: "red cube, blue sphere; gray cylinder", or test.json
-    g_net: Literal["resnet", "cnn"] = "resnet"  # G: residual blocks, or transposed convolutions
+    g_net: Literal["resnet", "cnn"] = "resnet"  # G: residual blocks, or each object by itself
     d_net: Literal["resnet", "cnn"] = "resnet"  # D: residual blocks, or strided convolutions
     d_norm: Literal["spectral", "none"] = "spectral"  # norm of D's weights
     label_embed: Literal["linear", "sum"] = "linear"  # how D joins an image's label vectors
@@ -74,8 +74,7 @@ RECIPES = {
                   beta1=0.0, beta2=0.99, augment=0.0625),
 }
 QUICK = dict(recipe="r3gan", iters=2000, batch_size=16, ch=16, n_scenes=4000, judge_width=16,
-             lr_g=1.5e-3, lr_d=1.5e-3,  # narrow layers bear higher rates than wide ones
-             log_every=50, sample_every=100, eval_every=1000)
+             lr_g=1.5e-3, lr_d=1.5e-3, log_every=50, sample_every=100, eval_every=1000)
 
 
 # ---------------------------------------------------------------------- networks
@@ -119,8 +118,7 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         h = F.interpolate(F.leaky_relu(self.bn1(x, ids)), scale_factor=2)
         h = self.conv2(F.leaky_relu(self.bn2(self.conv1(h), ids)))
-        # a 1×1 convolution commutes with nearest up-sampling; first, it costs a quarter
-        return h + F.interpolate(self.shortcut(x), scale_factor=2)
+        return h + F.interpolate(self.shortcut(x), scale_factor=2)  # 1×1: cheaper before
 
 
 class DownBlock(nn.Module):
@@ -136,8 +134,7 @@ class DownBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(x if self.first else F.leaky_relu(x))  # an image gets no activation
         h = F.avg_pool2d(self.conv2(F.leaky_relu(h)), 2)
-        # pooling commutes with a 1×1 convolution; first, it saves three quarters of the cost
-        return h + self.shortcut(F.avg_pool2d(x, 2))
+        return h + self.shortcut(F.avg_pool2d(x, 2))  # 1×1: cheaper after pooling
 
 
 def widths(ch: int, image_size: int) -> list[int]:
@@ -147,8 +144,8 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 class Generator(nn.Module):
     """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]. net "resnet": labels enter by the norms.
-    "cnn": each object is drawn up to 8×8 by itself, from its label and a third of z, whose first number draws
-    which one is first (in the middle, in i-CLEVR), second and third; at each place one then covers the others.
+    "cnn": each object is drawn up to 8×8 by itself, of its label and a third of z, whose first number draws
+    which one is first (in the middle, in i-CLEVR), second and third; at each place one covers the others.
     """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, net: str):
@@ -164,8 +161,7 @@ class Generator(nn.Module):
             self.embed, self.order = nn.Embedding(n_classes + 1, z_dim // 3), nn.Embedding(3, z_dim // 3)
             self.first = init_xavier(nn.Linear(2 * (z_dim // 3), w[1] * 4 * 4), 2**0.5)
             self.each = nn.Sequential(*up(w[1], w[1] + 1))  # [3·B, 8·ch + 1, 8, 8]
-            layers = [layer for i, o in pairwise([*w[1:-1], 3]) for layer in up(i, o)]
-            self.layers = nn.Sequential(*layers)  # [B, 4·ch, 16, 16], [B, 2·ch, 32, 32], [B, 3, 64, 64]
+            self.layers = nn.Sequential(*(layer for i, o in pairwise([*w[1:-1], 3]) for layer in up(i, o)))
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         if self.net == "resnet":
@@ -178,7 +174,7 @@ class Generator(nn.Module):
         h = self.first(torch.cat([z, self.embed(labels) + self.order(rank)], 2).flatten(0, 1))
         h = self.each(h.unflatten(1, (-1, 4, 4))).unflatten(0, (-1, 3))  # [B, 3, 8·ch + 1, 8, 8]
         front = h[:, :, :1].masked_fill(~here[..., None, None, None], -torch.inf).softmax(1)
-        return self.layers((front * h[:, :, 1:]).sum(1)).tanh()
+        return self.layers((front * h[:, :, 1:]).sum(1)).tanh()  # [B, 4·ch, 16, 16], … [B, 3, 64, 64]
 
 
 class Discriminator(nn.Module):
@@ -231,8 +227,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
             scores = D(torch.cat([real, fake]), y.repeat(2, 1))
             if cfg.aux_weight:
                 aux = losses.aux_classification_loss(D.classify(real), y)
-                # it is to find nothing in generated images, else mere specks please it; 0 and 1 teach less
-                nothing = 0.3 * F.softplus(D.classify(fake)).mean()
+                nothing = 0.3 * F.softplus(D.classify(fake)).mean()  # else specks please; 0, 1 teach less
         score_real, score_fake = first, second = scores.float().chunk(2)
         if cfg.gamma:  # an eighth of the batch gives an unbiased estimate at an eighth of the cost
             y_some = y[::8].repeat(2, 1)
