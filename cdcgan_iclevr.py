@@ -58,7 +58,7 @@ class Config(Settings):
     n_scenes: int = 6003  # synthetic scenes, of three images each
     eval_draws: int = 10  # draws of z averaged per score
     labels: str = ""  # with --to: n images of each set: "red cube, blue sphere; gray cylinder", or test.json
-    g_cond: Literal["joint", "objects"] = "joint"  # G gets all labels beside z, or draws each object by itself
+    g_cond: Literal["joint", "objects"] = "joint"  # G gets all labels beside z, or each object alone
     d_cond: Literal["plane", "projection"] = "plane"  # labels enter D as a label map, or by projection
     d_norm: Literal["batch", "none"] = "batch"  # D's norm
     loss: Literal["bce", "rpgan"] = "bce"  # minimax with G's non-saturating loss, or relativistic pairing
