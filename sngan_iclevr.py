@@ -199,9 +199,8 @@ class Discriminator(nn.Module):
         embed = init_xavier(nn.Embedding(n_classes + 1, features, padding_idx=n_classes))
         nn.init.zeros_(embed.weight[n_classes])  # the null class: a zero vector, and no gradient
         self.embed = normed(embed)
-        self.join = None
-        if label_embed == "linear":  # without bias, so that a null label adds exactly zero to the score
-            self.join = init_xavier(nn.Linear(3 * features, features, bias=False))
+        # without bias, so that a null label adds exactly zero to the score
+        self.join = init_xavier(nn.Linear(3 * features, features, False)) if label_embed == "linear" else None
         self.classify = LocalClassifier(n_classes, ch, image_size) if classifier else None
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
