@@ -118,7 +118,7 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         h = F.interpolate(F.leaky_relu(self.bn1(x, ids)), scale_factor=2)
         h = self.conv2(F.leaky_relu(self.bn2(self.conv1(h), ids)))
-        return h + F.interpolate(self.shortcut(x), scale_factor=2)  # 1×1: cheaper before
+        return h + F.interpolate(self.shortcut(x), scale_factor=2)  # a 1×1 may come first, for a quarter
 
 
 class DownBlock(nn.Module):
@@ -134,7 +134,7 @@ class DownBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(x if self.first else F.leaky_relu(x))  # an image gets no activation
         h = F.avg_pool2d(self.conv2(F.leaky_relu(h)), 2)
-        return h + self.shortcut(F.avg_pool2d(x, 2))  # 1×1: cheaper after pooling
+        return h + self.shortcut(F.avg_pool2d(x, 2))  # a 1×1 may come after pooling, for a quarter
 
 
 def widths(ch: int, image_size: int) -> list[int]:
