@@ -19,16 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import Adam, Optimizer
 
 import evaluator
-from common import losses
-from common.blocks import (
-    EMA,
-    LocalClassifier,
-    autocast,
-    cached_spectral_norm,
-    linear_decay,
-    no_param_grads,
-    random_translate,
-)
+from common import blocks, losses
 from common.datasets import Batches, label_sets, load_iclevr
 from harness import dist
 from harness.cli import Settings
@@ -143,9 +134,9 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 
 class Generator(nn.Module):
-    """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]. net "resnet": labels enter by the norms.
-    "cnn": each object is drawn up to 8×8 by itself, of its label and a third of z, whose first number draws
-    which one is first (in the middle, in i-CLEVR), second and third; at each place one covers the others.
+    """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; labels enter by the norms. net "cnn":
+    each object is drawn up to 8×8 by itself, of its label and a third of z, whose first number draws which
+    one is first (in the middle, in i-CLEVR), second and third; at each place one covers the others.
     """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, net: str):
@@ -158,9 +149,11 @@ class Generator(nn.Module):
         else:
             def up(i: int, o: int) -> list[nn.Module]:
                 return [nn.BatchNorm2d(i), nn.LeakyReLU(), init_xavier(nn.ConvTranspose2d(i, o, 4, 2, 1))]
-            self.embed, self.order = nn.Embedding(n_classes + 1, z_dim // 3), nn.Embedding(3, z_dim // 3)
-            self.first = init_xavier(nn.Linear(2 * (z_dim // 3), w[1] * 4 * 4), 2**0.5)
-            self.each = nn.Sequential(*up(w[1], w[1] + 1))  # [3·B, 8·ch + 1, 8, 8]
+            self.first = nn.Sequential(init_xavier(nn.Linear(z_dim // 3, w[0]), 2**0.5), nn.LeakyReLU(0.2),
+                                       init_xavier(nn.Linear(w[0], w[1] * 4 * 4), 2**0.5))
+            self.norms = nn.ModuleList(ConditionalBatchNorm(w[1], n_classes + 3) for _ in range(2))
+            self.convs = nn.ModuleList([init_xavier(nn.ConvTranspose2d(w[1], w[1], 4, 2, 1)),
+                                        init_xavier(nn.Conv2d(w[1], w[1] + 1, 1))])
             self.layers = nn.Sequential(*(layer for i, o in pairwise([*w[1:-1], 3]) for layer in up(i, o)))
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -171,8 +164,11 @@ class Generator(nn.Module):
             return self.last(F.leaky_relu(self.norm(h))).tanh()
         z, here = z[:, :3 * (z.shape[1] // 3)].unflatten(1, (3, -1)), labels != self.null
         rank = z[..., 0].masked_fill(~here, -torch.inf).argsort(1, descending=True).argsort(1)  # [B, 3]
-        h = self.first(torch.cat([z, self.embed(labels) + self.order(rank)], 2).flatten(0, 1))
-        h = self.each(h.unflatten(1, (-1, 4, 4))).unflatten(0, (-1, 3))  # [B, 3, 8·ch + 1, 8, 8]
+        ids = torch.stack([labels.where(here, self.null + 3), self.null + rank], 2).flatten(0, 1)
+        h = self.first(z.flatten(0, 1)).unflatten(1, (-1, 4, 4))  # [3·B, 8·ch, 4, 4]
+        for norm, conv in zip(self.norms, self.convs, strict=True):  # [3·B, 8·ch (+ 1), 8, 8]
+            h = conv(F.leaky_relu(norm(h, ids)))
+        h = h.unflatten(0, (-1, 3))
         front = h[:, :, :1].masked_fill(~here[..., None, None, None], -torch.inf).softmax(1)
         return self.layers((front * h[:, :, 1:]).sum(1)).tanh()  # [B, 4·ch, 16, 16], … [B, 3, 64, 64]
 
@@ -201,7 +197,7 @@ class Discriminator(nn.Module):
         self.embed = normed(embed)
         # without bias, so that a null label adds exactly zero to the score
         self.join = init_xavier(nn.Linear(3 * features, features, False)) if label_embed == "linear" else None
-        self.classify = LocalClassifier(n_classes, ch, image_size) if classifier else None
+        self.classify = blocks.LocalClassifier(n_classes, ch, image_size) if classifier else None
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         h = self.layers(x)
@@ -221,12 +217,14 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     flip_labels, gamma, aux_weight, precision.
     """
     aux = nothing = gp = real.new_zeros(())
-    with cached_spectral_norm(D):
-        with autocast(real, cfg.precision):  # D has no batch norm, so real and fake images share one pass
+    with blocks.cached_spectral_norm(D):
+        with blocks.autocast(real, cfg.precision):
+            # D has no batch norm, so real and fake images share one pass
             scores = D(torch.cat([real, fake]), y.repeat(2, 1))
             if cfg.aux_weight:
                 aux = losses.aux_classification_loss(D.classify(real), y)
-                nothing = 0.3 * F.softplus(D.classify(fake)).mean()  # else specks please; 0, 1 teach less
+                # it is to find nothing in generated images, else mere specks please it; 0 and 1 teach less
+                nothing = 0.3 * F.softplus(D.classify(fake)).mean()
         score_real, score_fake = first, second = scores.float().chunk(2)
         if cfg.gamma:  # an eighth of the batch gives an unbiased estimate at an eighth of the cost
             y_some = y[::8].repeat(2, 1)
@@ -245,7 +243,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
 def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
     """Update G by its images fake = G(z, y), still attached to it. Reads cfg.loss, aux_weight, precision."""
     aux = real.new_zeros(())
-    with no_param_grads(D), cached_spectral_norm(D), autocast(real, cfg.precision):
+    with blocks.no_param_grads(D), blocks.cached_spectral_norm(D), blocks.autocast(real, cfg.precision):
         score = D(fake, y)
         if cfg.loss == "hinge":  # -E[D(G(z))] (Miyato et al. 2018, eq. 17)
             loss = -score.float().mean()
@@ -272,7 +270,7 @@ def main(run: Run) -> None:
     D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_net, cfg.d_norm, cfg.label_embed,
                       classifier=cfg.aux_weight > 0)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
-    ema = EMA(G, cfg.ema)  # is sampled and scored
+    ema = blocks.EMA(G, cfg.ema)  # is sampled and scored
     opt_g = Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
     opt_d = Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
     run.register(data, f"ch {cfg.ch}", G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
@@ -283,13 +281,13 @@ def main(run: Run) -> None:
         return ema(torch.randn(n, cfg.z_dim, generator=g), y), y
 
     for step in run.steps():
-        share = linear_decay(step, cfg.iters, cfg.lr_decay_from)
+        share = blocks.linear_decay(step, cfg.iters, cfg.lr_decay_from)
         opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * share, cfg.lr_d * share
         for k in range(cfg.n_dis):  # each step of D has its own images; G's step shares the last ones
             real, y = batches((step - 1) * cfg.n_dis + k)
-            with autocast(real, cfg.precision):
+            with blocks.autocast(real, cfg.precision):
                 fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
-            real, fake = (random_translate(x.float(), cfg.augment) for x in (real, fake))  # for D
+            real, fake = (blocks.random_translate(x.float(), cfg.augment) for x in (real, fake))  # for D
             if cfg.add_noise:
                 real, fake = (x + torch.rand_like(x) / 128 for x in (real, fake))
             run.log(**d_step(D, opt_d, real, fake.detach(), y, cfg))

@@ -230,9 +230,12 @@ def test_sngan_s_objects_have_a_third_of_z_each_and_one_of_them_is_in_front_at_e
     G(z, SETS)
     order = [[0], [2, 0, 1], [1, 0]]  # largest first number first; those of absent objects don't count
     for i, ranks in enumerate(order):
-        parts = [torch.cat([z[i, 2 * k:2 * k + 2], G.embed.weight[SETS[i, k]] + G.order.weight[rank]])
-                 for k, rank in enumerate(ranks)]
-        maps = G.each(G.first(torch.stack(parts)).unflatten(1, (-1, 4, 4)))
+        maps = G.first(z[i, :2 * len(ranks)].view(-1, 2)).unflatten(1, (-1, 4, 4))
+        for norm, conv in zip(G.norms, G.convs, strict=True):
+            gain, bias = ((e.weight[SETS[i, :len(ranks)]] + e.weight[24 + torch.tensor(ranks)])[..., None, None]
+                          for e in (norm.gain, norm.bias))
+            maps = norm.norm(maps) * (1 + gain) + bias
+            maps = conv(F.leaky_relu(maps))
         share = maps[:, :1].exp() / maps[:, :1].exp().sum(0)
         torch.testing.assert_close(inputs[0][i], (share * maps[:, 1:]).sum(0))
     assert sngan.Generator(24, 8, 4, 32, "cnn")(torch.randn(3, 8), SETS).shape == (3, 3, 32, 32)
