@@ -232,8 +232,8 @@ def test_sngan_s_objects_have_a_third_of_z_each_and_one_of_them_is_in_front_at_e
     for i, ranks in enumerate(order):
         maps = G.first(z[i, :2 * len(ranks)].view(-1, 2)).unflatten(1, (-1, 4, 4))
         for norm, conv in zip(G.norms, G.convs, strict=True):
-            gain, bias = ((e.weight[SETS[i, :len(ranks)]] + e.weight[24 + torch.tensor(ranks)])[..., None, None]
-                          for e in (norm.gain, norm.bias))
+            ids = torch.stack([SETS[i, :len(ranks)], 24 + torch.tensor(ranks)])
+            gain, bias = (e.weight[ids].sum(0)[..., None, None] for e in (norm.gain, norm.bias))
             maps = norm.norm(maps) * (1 + gain) + bias
             maps = conv(F.leaky_relu(maps))
         share = maps[:, :1].exp() / maps[:, :1].exp().sum(0)
