@@ -23,17 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 import evaluator
-from common import losses
-from common.blocks import (
-    EMA,
-    LocalClassifier,
-    autocast,
-    init_dcgan,
-    linear_decay,
-    multi_hot,
-    no_param_grads,
-    random_translate,
-)
+from common import blocks, losses
+from common.blocks import EMA, autocast, init_dcgan, no_param_grads
 from common.datasets import Batches, label_sets, load_iclevr
 from common.files import UserError
 from harness import dist
@@ -117,7 +108,7 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         if self.cond == "joint":
-            y = multi_hot(labels, self.n_classes)
+            y = blocks.multi_hot(labels, self.n_classes)
             return self.layers(self.first(torch.cat([z, y], 1)[..., None, None]))
         z, here = z[:, :3 * (z.shape[1] // 3)].unflatten(1, (3, -1)), labels < self.n_classes
         rank = z[..., 0].masked_fill(~here, -torch.inf).argsort(1, descending=True).argsort(1)  # [B, 3]
@@ -154,10 +145,10 @@ class Discriminator(nn.Module):
                                     *layers)  # [B, ch, 32, 32], [B, 2·ch, 16, 16], …, [B, 8·ch, 4, 4]
         self.last = nn.Conv2d(w[-1], 1, 4)
         init_dcgan(self)
-        self.classify = LocalClassifier(n_classes, ch, image_size) if classifier else None
+        self.classify = blocks.LocalClassifier(n_classes, ch, image_size) if classifier else None
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        y = multi_hot(labels, self.n_classes)
+        y = blocks.multi_hot(labels, self.n_classes)
         h = self.layers(torch.cat([x, self.plane(y)], 1) if self.plane else x)
         score = self.last(h).flatten()
         if not self.plane:
@@ -252,14 +243,14 @@ def main(run: Run) -> None:
         return ema(torch.randn(n, cfg.z_dim, generator=g), y), y
 
     for step in run.steps():
-        share = linear_decay(step, cfg.iters, cfg.lr_decay_from)
+        share = blocks.linear_decay(step, cfg.iters, cfg.lr_decay_from)
         if cfg.halve_every:
             share *= 0.5 ** ((step - 1) // batches.per_epoch // cfg.halve_every)
         opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * share, cfg.lr_d * share
         real, y = batches(step - 1)
         with autocast(real, cfg.precision):
             fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
-        real, fake = (random_translate(x, cfg.augment) for x in (real, fake))  # for D
+        real, fake = (blocks.random_translate(x, cfg.augment) for x in (real, fake))  # for D
         run.log(**d_step(D, opt_d, real, fake.detach(), y, cfg))
         run.log(**g_step(D, opt_g, real, fake, y, cfg))
         ema.update(step)

@@ -20,6 +20,7 @@ from torch.optim import Adam, Optimizer
 
 import evaluator
 from common import blocks, losses
+from common.blocks import EMA, autocast, no_param_grads
 from common.datasets import Batches, label_sets, load_iclevr
 from harness import dist
 from harness.cli import Settings
@@ -218,7 +219,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     """
     aux = nothing = gp = real.new_zeros(())
     with blocks.cached_spectral_norm(D):
-        with blocks.autocast(real, cfg.precision):
+        with autocast(real, cfg.precision):
             # D has no batch norm, so real and fake images share one pass
             scores = D(torch.cat([real, fake]), y.repeat(2, 1))
             if cfg.aux_weight:
@@ -243,7 +244,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
 def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, cfg: Config) -> dict:
     """Update G by its images fake = G(z, y), still attached to it. Reads cfg.loss, aux_weight, precision."""
     aux = real.new_zeros(())
-    with blocks.no_param_grads(D), blocks.cached_spectral_norm(D), blocks.autocast(real, cfg.precision):
+    with no_param_grads(D), blocks.cached_spectral_norm(D), autocast(real, cfg.precision):
         score = D(fake, y)
         if cfg.loss == "hinge":  # -E[D(G(z))] (Miyato et al. 2018, eq. 17)
             loss = -score.float().mean()
@@ -270,7 +271,7 @@ def main(run: Run) -> None:
     D = Discriminator(len(data.classes), cfg.ch, cfg.image_size, cfg.d_net, cfg.d_norm, cfg.label_embed,
                       classifier=cfg.aux_weight > 0)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
-    ema = blocks.EMA(G, cfg.ema)  # is sampled and scored
+    ema = EMA(G, cfg.ema)  # is sampled and scored
     opt_g = Adam(G.parameters(), cfg.lr_g, (cfg.beta1, cfg.beta2), fused=True)
     opt_d = Adam(D.parameters(), cfg.lr_d, (cfg.beta1, cfg.beta2), fused=True)
     run.register(data, f"ch {cfg.ch}", G=G, D=D, ema=ema, opt_g=opt_g, opt_d=opt_d)
@@ -285,7 +286,7 @@ def main(run: Run) -> None:
         opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = cfg.lr_g * share, cfg.lr_d * share
         for k in range(cfg.n_dis):  # each step of D has its own images; G's step shares the last ones
             real, y = batches((step - 1) * cfg.n_dis + k)
-            with blocks.autocast(real, cfg.precision):
+            with autocast(real, cfg.precision):
                 fake = G(torch.randn(len(real), cfg.z_dim, device=device), y)
             real, fake = (blocks.random_translate(x.float(), cfg.augment) for x in (real, fake))  # for D
             if cfg.add_noise:

@@ -87,8 +87,8 @@ def test_convolutions_are_the_report_s():
 def test_other_layers_are_the_report_s():
     G = sngan.Generator(24, 128, 64, 64, "resnet")
     plain = sngan.Generator(24, 128, 64, 64, "cnn")
-    shapes = [conv.weight.shape[:2] for conv in (plain.each[2], *plain.layers[2::3])]
-    assert shapes == [(512, 513), (512, 256), (256, 128), (128, 3)]
+    shapes = [conv.weight.shape[:2] for conv in (*plain.convs, *plain.layers[2::3])]
+    assert shapes == [(512, 512), (513, 512), (512, 256), (256, 128), (128, 3)]
     D = sngan.Discriminator(24, 64, 64, "resnet", "none", "linear", False)
     assert [b.conv1.weight.shape[:2] for b in G.blocks] == [(512, 1024), (256, 512), (128, 256), (64, 128)]
     assert [b.conv2.out_channels for b in D.layers] == [64, 128, 256, 512, 1024]
