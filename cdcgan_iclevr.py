@@ -71,7 +71,7 @@ class Config(Settings):
 RECIPES = {
     "paper": {},
     "r3gan": dict(loss="rpgan", g_cond="objects", d_cond="projection", d_norm="none", gamma=0.25,
-                  aux_weight=5.0, batch_size=32, z_dim=96, lr_g=8e-4, lr_d=8e-4, halve_every=0,
+                  aux_weight=5.0, batch_size=32, z_dim=24, lr_g=8e-4, lr_d=8e-4, halve_every=0,
                   lr_decay_from=0.5, beta1=0.0, beta2=0.99, ema=0.999, augment=0.0625),
 }
 QUICK = dict(recipe="r3gan", iters=2500, batch_size=16, ch=16, n_scenes=4000, judge_width=16,

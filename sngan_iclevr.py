@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import Adam, Optimizer
+from torchvision.ops import MLP
 
 import evaluator
 from common import blocks, losses
@@ -62,7 +63,7 @@ class Config(Settings):
 RECIPES = {
     "paper": {},
     "r3gan": dict(loss="rpgan", g_net="cnn", d_net="cnn", d_norm="none", label_embed="sum", aux_weight=5.0,
-                  gamma=0.25, n_dis=1, batch_size=32, z_dim=96, lr_g=8e-4, lr_d=8e-4, lr_decay_from=0.5,
+                  gamma=0.25, n_dis=1, batch_size=32, z_dim=24, lr_g=8e-4, lr_d=8e-4, lr_decay_from=0.5,
                   beta1=0.0, beta2=0.99, augment=0.0625),
 }
 QUICK = dict(recipe="r3gan", iters=2000, batch_size=16, ch=16, n_scenes=4000, judge_width=16,
@@ -150,8 +151,9 @@ class Generator(nn.Module):
         else:
             def up(i: int, o: int) -> list[nn.Module]:
                 return [nn.BatchNorm2d(i), nn.LeakyReLU(), init_xavier(nn.ConvTranspose2d(i, o, 4, 2, 1))]
-            self.first = nn.Sequential(init_xavier(nn.Linear(z_dim // 3, w[0]), 2**0.5), nn.LeakyReLU(0.2),
-                                       init_xavier(nn.Linear(w[0], w[1] * 4 * 4), 2**0.5))
+            self.first = MLP(z_dim // 3, [w[0], w[0], w[1] * 4 * 4], activation_layer=nn.LeakyReLU)
+            for linear in list(self.first)[::3]:  # MLP adds activations and dropout of nothing
+                init_xavier(linear, 2**0.5)
             self.norms = nn.ModuleList(ConditionalBatchNorm(w[1], n_classes + 3) for _ in range(2))
             self.convs = nn.ModuleList([init_xavier(nn.ConvTranspose2d(w[1], w[1], 4, 2, 1)),
                                         init_xavier(nn.Conv2d(w[1], w[1] + 1, 1))])
@@ -220,8 +222,7 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     aux = nothing = gp = real.new_zeros(())
     with blocks.cached_spectral_norm(D):
         with autocast(real, cfg.precision):
-            # D has no batch norm, so real and fake images share one pass
-            scores = D(torch.cat([real, fake]), y.repeat(2, 1))
+            scores = D(torch.cat([real, fake]), y.repeat(2, 1))  # in one pass, for D has no batch norm
             if cfg.aux_weight:
                 aux = losses.aux_classification_loss(D.classify(real), y)
                 # it is to find nothing in generated images, else mere specks please it; 0 and 1 teach less
