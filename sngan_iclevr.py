@@ -151,8 +151,8 @@ class Generator(nn.Module):
         else:
             def up(i: int, o: int) -> list[nn.Module]:
                 return [nn.BatchNorm2d(i), nn.LeakyReLU(), init_xavier(nn.ConvTranspose2d(i, o, 4, 2, 1))]
-            self.first = MLP(z_dim // 3, [w[0], w[0], w[1] * 4 * 4], activation_layer=nn.LeakyReLU)
-            for linear in list(self.first)[::3]:  # MLP adds activations and dropout of nothing
+            self.first = MLP(z_dim // 3, [w[1], w[1], w[1] * 4 * 4], activation_layer=nn.LeakyReLU)
+            for linear in list(self.first)[::3]:  # each is followed by an activation and dropout 0
                 init_xavier(linear, 2**0.5)
             self.norms = nn.ModuleList(ConditionalBatchNorm(w[1], n_classes + 3) for _ in range(2))
             self.convs = nn.ModuleList([init_xavier(nn.ConvTranspose2d(w[1], w[1], 4, 2, 1)),
