@@ -109,8 +109,8 @@ def test_runs_are_made_once_scored_and_pictured(tmp_path, monkeypatch, capsys):
     assert used == [NO_EMA, SNGAN, NO_EMA, CDCGAN]  # scored, then pictured
     state = torch.load(runs / "SNGAN-0" / "last.pt", weights_only=True)
     for row, expected in ((SNGAN, [True, False]), (NO_EMA, [False, True])):
-        weight = load(Namespace(out=runs), row, 0)[0].first.weight
-        assert [torch.equal(weight, state[key]["first.weight"]) for key in ("ema", "G")] == expected
+        weight = load(Namespace(out=runs), row, 0)[0].first[0].weight
+        assert [torch.equal(weight, state[key]["first.0.weight"]) for key in ("ema", "G")] == expected
     strips = [Image.open(runs / f"{row}.png") for row in ablations.ROWS]
     with Image.open(runs / "ablations.png") as picture:
         assert picture.size == (strips[0].width, sum(strip.height for strip in strips))

@@ -32,7 +32,7 @@ def test_sngan_s_null_rows_stay_exactly_zero_and_rates_fall_to_the_end(here):
 @pytest.mark.parametrize("add_noise", [True, False])
 def test_sngan_s_noise_is_added_to_all_that_d_is_given(here, monkeypatch, add_noise):
     before, given = [], []
-    monkeypatch.setattr(sngan_iclevr, "random_translate", lambda x, share: before.append(x) or x)
+    monkeypatch.setattr(sngan_iclevr.blocks, "random_translate", lambda x, share: before.append(x) or x)
     monkeypatch.setattr(sngan_iclevr, "d_step", lambda *args: given.extend(args[2:4]) or {})
     monkeypatch.setattr(sngan_iclevr, "g_step", lambda *args: {})
     monkeypatch.setattr(evaluator, "finish", lambda *args, **options: {})
