@@ -137,8 +137,8 @@ def widths(ch: int, image_size: int) -> list[int]:
 
 class Generator(nn.Module):
     """z [B, z_dim], labels [B, 3] → images [B, 3, S, S] in [-1, 1]; labels enter by the norms. net "cnn":
-    each object is drawn up to 8×8 by itself, of its label and a third of z, whose first number draws which
-    one is first (in the middle, in i-CLEVR), second and third; at each place one covers the others.
+    each object is drawn up to 8×8 by itself, of a third of z, whose first number draws its rank (the first
+    one is in the middle, in i-CLEVR); the rank enters as labels do. At each place one covers the others.
     """
 
     def __init__(self, n_classes: int, z_dim: int, ch: int, image_size: int, net: str):
