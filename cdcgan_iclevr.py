@@ -52,7 +52,7 @@ class Config(Settings):
     g_cond: Literal["joint", "objects"] = "joint"  # G gets all labels beside z, or each object alone
     d_cond: Literal["plane", "projection"] = "plane"  # labels enter D as a label map, or by projection
     d_norm: Literal["batch", "none"] = "batch"  # D's norm
-    loss: Literal["bce", "rpgan"] = "bce"  # minimax with G's non-saturating loss, or relativistic pairing
+    loss: Literal["bce", "rpgan", "rpgan-cls"] = "bce"  # minimax; pairing; -cls: D also refuses wrong labels
     gamma: float = 0.0  # γ of R1 and R2, penalties on D's gradients at real and generated images
     aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses
     smooth_labels: bool = False  # D's targets: U(0.8, 1.2) for real images, U(0, 0.2) for generated ones
@@ -64,7 +64,7 @@ class Config(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss == "rpgan" and (self.smooth_labels or self.flip_labels):
+        if self.loss != "bce" and (self.smooth_labels or self.flip_labels):
             raise UserError("--smooth-labels and --flip-labels are for --loss bce: pairs have no targets")
 
 
@@ -185,12 +185,16 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     if cfg.gamma:  # an unbiased estimate of the penalty from an eighth of the batch, at an eighth of the cost
         y_some = y[::8].repeat(2, 1)
         gp = losses.r1r2_penalty(lambda x: D(x, y_some), torch.cat([real[::8], fake[::8]]))
-    if cfg.loss == "rpgan":
+    if cfg.loss != "bce":
         loss = losses.rpgan(score_real, score_fake)
     else:
         target_real, target_fake = targets(cfg, len(real), real.device)
         loss = (F.binary_cross_entropy_with_logits(score_real, target_real)
                 + F.binary_cross_entropy_with_logits(score_fake, target_fake))
+    if cfg.loss == "rpgan-cls":  # real images, with another image's labels (Reed et al. 2016, Algorithm 1)
+        with autocast(real, cfg.precision):
+            score_wrong = D(real, y.roll(1, 0)).float()
+        loss = loss + losses.rpgan(score_real, score_wrong)
     loss = loss + cfg.gamma * gp + cfg.aux_weight * (aux + nothing)
     opt.zero_grad()
     loss.backward()
@@ -208,10 +212,10 @@ def g_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
     aux = real.new_zeros(())
     with no_param_grads(D), autocast(real, cfg.precision):
         score = D(fake, y).float()
-        score_real = D(real, y).float() if cfg.loss == "rpgan" else None
+        score_real = D(real, y).float() if cfg.loss != "bce" else None
         if cfg.aux_weight:
             aux = losses.aux_classification_loss(D.classify(fake), y)
-    loss = losses.rpgan(score, score_real) if cfg.loss == "rpgan" else losses.nonsaturating_g(score)
+    loss = losses.nonsaturating_g(score) if cfg.loss == "bce" else losses.rpgan(score, score_real)
     loss = loss + cfg.aux_weight * aux
     opt.zero_grad()
     loss.backward()
