@@ -224,6 +224,11 @@ def test_kept_pictures_keep_the_colours_of_objects_and_captions(tmp_path):
         before, after = np.array(grid, int), np.array(kept.convert("RGB"), int)
     error = abs(before - after).max(-1)[before.max(-1) - before.min(-1) > 60]  # of what isn't grey
     assert len(error) > 5000 and error.mean() < 8 and error.max() < 40
+    grey = grid.convert("L")  # as of digits
+    record.keep(grey, tmp_path / "grey.png")
+    with Image.open(tmp_path / "grey.png") as kept:
+        assert len(kept.getcolors()) <= 16
+        assert abs(np.array(grey, int) - np.array(kept.convert("L"), int)).mean() < 8
 
 
 @pytest.mark.parametrize("size,shown,columns", [(32, 64, 10), (64, 64, 4), (128, 128, 8)])

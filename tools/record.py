@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,7 +37,8 @@ SCRIPTS = (
     ("infogan_mnist.py", "InfoGAN, Chen et al. 2016", "infogan_quick", "--quick", "",
      "pictures; InfoGAN's paper: 0.95"),
     ("acgan_celeba.py", "ACGAN, Odena et al. 2017", "acgan_real", "--recipe r3gan --ch 16 --image-size 64 "
-     "--aux-weight 0.05 --lr-decay-from 0.5 --iters 20000", "acgan_celeba_variants", "FID 44.3 to 216.2 on cartoon faces"),
+     "--aux-weight 0.05 --lr-decay-from 0.5 --iters 20000", "acgan_celeba_variants",
+     "FID 44.3 to 216.2 on cartoon faces"),
     ("vae_celeba.py", "VAE, Kingma & Welling 2014", "vae_real", "--recipe beta --ch 32 --image-size 64 "
      "--iters 5500", "", "pictures"),
     ("sngan_iclevr.py", "SNGAN, Miyato et al. 2018; projection, Miyato & Koyama 2018", "sngan_real",
@@ -71,11 +72,15 @@ def figures(folder: Path) -> dict:
 
 
 def keep(image: Image.Image, path: Path) -> None:
-    """Save a PNG of 256 colours, or fewer if it exceeds 300 KB, since every clone downloads it.
+    """Save a PNG of 256 colours, or fewer if it exceeds 300 KB, since every clone downloads it; of 16 greys.
 
     The palette has the captions' colours, and k-means finds those of small objects among the floor's greys.
     """
     image, palette = image.convert("RGB"), Image.new("P", (1, 1))
+    grey = image.convert("L")
+    if ImageChops.difference(image, grey.convert("RGB")).getbbox() is None:  # digits
+        grey.quantize(16).save(path, optimize=True)
+        return
     exact = [value for name in CAPTIONS for value in ImageColor.getrgb(name)]
     for colours in (256, 128, 64):
         found = image.quantize(colours - len(CAPTIONS), kmeans=3).getpalette()
