@@ -72,9 +72,10 @@ def figures(folder: Path) -> dict:
 
 
 def keep(image: Image.Image, path: Path) -> None:
-    """Save a PNG of 256 colours, or fewer if it exceeds 300 KB, since every clone downloads it; of 16 greys.
+    """Save a PNG of 256 colours, or fewer if it exceeds 300 KB, since every clone downloads it.
 
-    The palette has the captions' colours, and k-means finds those of small objects among the floor's greys.
+    A picture without colour gets 16 greys. Otherwise the palette has the captions' colours, and k-means finds
+    those of small objects among the floor's greys.
     """
     image, palette = image.convert("RGB"), Image.new("P", (1, 1))
     grey = image.convert("L")
