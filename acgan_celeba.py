@@ -72,8 +72,8 @@ class Config(Settings):
 
 RECIPES = {
     "paper": {},
-    "r3gan": dict(loss="rpgan", d_norm="none", d_cond="projection", aux_weight=0.5, n_dis=1,
-                  lr_decay_from=0.5, beta1=0.0, beta2=0.99, ema=0.999, augment=0.0625),
+    "r3gan": dict(loss="rpgan", d_norm="none", d_cond="projection", aux_weight=0.5, n_dis=1, beta1=0.0,
+                  beta2=0.99, ema=0.999, augment=0.0625),
 }
 QUICK = dict(recipe="r3gan", iters=4000, ch=8, image_size=64, n_synthetic=4000, eval_images=1000,
              log_every=100, sample_every=200, eval_every=1000, save_every=1000)
