@@ -34,7 +34,7 @@ DIGITS = ("dcgan_mnist.py", "infogan_mnist.py")  # last.pt is what their summary
 # README's table: script, method, record, flags for such a run today, record of the paper's recipe, report
 SCRIPTS = (
     ("dcgan_mnist.py", "DCGAN, Radford et al. 2016", "dcgan_quick", "--quick", "dcgan_long", "FID below 60"),
-    ("infogan_mnist.py", "InfoGAN, Chen et al. 2016", "infogan_quick", "--quick", "",
+    ("infogan_mnist.py", "InfoGAN, Chen et al. 2016", "infogan_quick", "--quick", "infogan_paper",
      "pictures; InfoGAN's paper: 0.95"),
     ("acgan_celeba.py", "ACGAN, Odena et al. 2017", "acgan_real", "--recipe r3gan --ch 16 --image-size 64 "
      "--aux-weight 0.05 --lr-decay-from 0.5 --iters 20000", "acgan_celeba_variants",
