@@ -40,7 +40,7 @@ SCRIPTS = (
      "--aux-weight 0.05 --lr-decay-from 0.5 --iters 20000", "acgan_celeba_variants",
      "FID 44.3 to 216.2 on cartoon faces"),
     ("vae_celeba.py", "VAE, Kingma & Welling 2014", "vae_real", "--recipe beta --ch 32 --image-size 64 "
-     "--iters 5500", "", "pictures"),
+     "--iters 5500", "vae_paper", "pictures"),
     ("sngan_iclevr.py", "SNGAN, Miyato et al. 2018; projection, Miyato & Koyama 2018", "sngan_real",
      "--recipe r3gan --ch 20 --batch-size 16 --iters 12000", "sngan_written", "accuracy 0.79 and 0.82"),
     ("cdcgan_iclevr.py", "conditional DCGAN, Mirza & Osindero 2014", "cdcgan_real",
