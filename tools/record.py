@@ -212,7 +212,7 @@ def script_table(kept: dict[str, dict]) -> str:
     """README's table: a row for each script."""
     rows = []
     for script, method, name, flags, paper, report in SCRIPTS:
-        runs, here = list(kept[name].get("runs", {"": kept[name]}).values()), "not run"
+        runs = list(kept[name].get("runs", {"": kept[name]}).values())
         run, seeds = runs[0], f"{len(runs)} seeds" if runs[1:] else "one seed"
         if script not in DIGITS and "chosen_by" not in run["scores"]:
             seeds += ", by the judge that chose the checkpoint"
@@ -220,12 +220,11 @@ def script_table(kept: dict[str, dict]) -> str:
         if runs[1:]:
             values = {column: [k["scores"]["summary"][column][0] for k in runs] for column in summary}
             summary = {column: [mean(v), stdev(v)] for column, v in values.items()}
-        if paper:
-            variants = kept[paper].get("runs", {"": kept[paper]}).values()
-            best = min(variants, key=lambda k: k["scores"]["summary"].get("FD (judge)", [0]))
-            remarks = [f"best of {len(variants)} variants"] * (len(variants) > 1) + [time_of(best)]
-            remarks += ["another judge"] * (best["scores"]["judge"] != run["scores"]["judge"])
-            here = f"{scores_of(best['scores']['summary'], 2)} ({', '.join(remarks)})"
+        variants = kept[paper].get("runs", {"": kept[paper]}).values()
+        best = min(variants, key=lambda k: k["scores"]["summary"].get("FD (judge)", [0]))
+        remarks = [f"best of {len(variants)} variants"] * (len(variants) > 1) + [time_of(best)]
+        remarks += ["another judge"] * (best["scores"]["judge"] != run["scores"]["judge"])
+        here = f"{scores_of(best['scores']['summary'], 2)} ({', '.join(remarks)})"
         rows.append([f"[{script}]({script})", method, f"{run['scores']['data']}, {size}×{size}",
                      f"{scores_of(summary, 4)} ({seeds})", f"{run['config']['recipe']}: `{flags}`",
                      time_of(run), here, report])
