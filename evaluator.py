@@ -22,7 +22,7 @@ from torchvision.models.vgg import make_layers
 
 from common.blocks import multi_hot, random_translate
 from common.datasets import Data, to_float
-from common.fid import FeatureStats, Inception, features, frechet_distance, load_inception
+from common.fid import Inception, feature_stats, features, frechet_distance, load_inception
 from common.files import UserError, atomic_write, reading, write_json
 from harness.cli import NotFinite
 from harness.pictures import names_of, save_images
@@ -33,6 +33,7 @@ JUDGES = Path("data") / "judges"  # trained here
 BUNDLED = Path(__file__).parent / "pretrained" / "judges"  # tools/train_judge.py makes these
 # (how many, source of randomness[, labels]) → images [n, C, S, S] in [-1, 1] and their labels, or None
 Sampler = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+Stats = tuple[torch.Tensor, torch.Tensor]  # mean [D] and covariance [D, D] of features
 
 
 # ---------------------------------------------------------------------- judges
@@ -118,19 +119,18 @@ class Judge:
         return torch.cat(parts), torch.cat(found)
 
     @torch.no_grad()
-    def read(self, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, FeatureStats]:
+    def read(self, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Stats]:
         """Probabilities [N, n_classes], on the CPU; the features' statistics. NotFinite for NaN images."""
-        probabilities, stats = [], FeatureStats()
+        found = []
         for images in batches:
             images = images.to(next(self.net.parameters()).device)
             if not images.isfinite().all():
                 raise NotFinite("the generated images are not finite numbers")
-            found, vectors = self.with_features(images)
-            stats.update(vectors)
-            probabilities.append(found.cpu())
-        return torch.cat(probabilities), stats
+            found.append(self.with_features(images))
+        probabilities, vectors = zip(*found, strict=True)
+        return torch.cat(probabilities).cpu(), feature_stats(vectors)
 
-    def stats(self, images: torch.Tensor) -> FeatureStats:
+    def stats(self, images: torch.Tensor) -> Stats:
         """Statistics of the features of real images, uint8 [N, C, S, S]."""
         return self.read(to_float(part) for part in images.split(500))[1]
 
@@ -338,7 +338,7 @@ def over_draws(measure: Callable[[torch.Generator], dict], draws: int, seed: int
 
 
 def score(sample: Sampler, judge: Judge, n: int, draws: int, seed: int, groups: tuple = (),
-          real: FeatureStats | None = None, labels: torch.Tensor | None = None) -> dict[str, tuple]:
+          real: Stats | None = None, labels: torch.Tensor | None = None) -> dict[str, tuple]:
     """Score n generated images per draw, of labels [n, …] or else those that `sample` draws: the measure of
     the judge's domain and, with `real`, "FD (judge)".
     """
@@ -352,7 +352,7 @@ def score(sample: Sampler, judge: Judge, n: int, draws: int, seed: int, groups: 
                 yield x
         probabilities, stats = judge.read(images())
         y = None if requested[0] is None else torch.cat(requested).cpu()
-        found = {"FD (judge)": distance(real, stats)} if real else {}
+        found = {"FD (judge)": frechet_distance(*real, *stats)} if real else {}
         return found | judge.kind.measure(probabilities, y, groups)
     return over_draws(once, draws, seed)
 
@@ -362,11 +362,6 @@ def score_sets(sample: Sampler, judge: Judge, sets: dict[str, torch.Tensor], dra
     """Score images of each list of label sets, {name: labels [N, 3]}: {"accuracy NAME": (mean, std), …}."""
     return {f"{measure} {name}": value for name, labels in sets.items()
             for measure, value in score(sample, judge, len(labels), draws, seed, labels=labels).items()}
-
-
-def distance(a: FeatureStats, b: FeatureStats) -> float:
-    """Fréchet distance of two sets of features."""
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def get_inception(weights: str, device: torch.device) -> Inception | None:
@@ -385,13 +380,13 @@ def get_inception(weights: str, device: torch.device) -> Inception | None:
 def score_fid(sample: Sampler, net: Inception, real: torch.Tensor, n: int, draws: int,
               seed: int) -> dict[str, tuple]:
     """FID of n generated images to real ones, uint8 [N, 1 or 3, S, S]: {"FID": (mean, std over draws)}."""
-    def stats(images: Iterable[torch.Tensor]) -> FeatureStats:
-        return FeatureStats(features(net, (part.to(net.fc.weight.device) for part in images)))
+    def stats(images: Iterable[torch.Tensor]) -> Stats:
+        return feature_stats(features(net, (part.to(net.fc.weight.device) for part in images)))
 
     if len(real) < 2048:
         print(f"FID of {len(real):,} real images, fewer than 2,048, is biased: compare equal numbers only")
     reference = stats(real.split(100))
-    return over_draws(lambda g: {"FID": distance(reference, stats(
+    return over_draws(lambda g: {"FID": frechet_distance(*reference, *stats(
         sample(min(100, n - i), g)[0] for i in range(0, n, 100)))}, draws, seed)
 
 

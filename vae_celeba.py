@@ -23,6 +23,7 @@ from torch.optim import Adam, Optimizer
 import evaluator
 from common.blocks import autocast, init_dcgan
 from common.datasets import Batches, Data, load_faces, to_float
+from common.fid import frechet_distance
 from harness import dist
 from harness.cli import Settings
 from harness.pictures import save_grid
@@ -169,7 +170,7 @@ def score_reconstructions(vae: VAE, data: Data, scorer: evaluator.Scorer) -> dic
     images, added = decode_all(vae, mean), add_attributes(vae, data, scorer.judge)
     probabilities, stats = scorer.judge.read(images.split(250))
     kept = evaluator.count_attributes(probabilities, data.test_labels, data.groups)
-    values = {"FD of reconstructions": evaluator.distance(scorer.test_stats, stats),
+    values = {"FD of reconstructions": frechet_distance(*scorer.test_stats, *stats),
               "MSE": F.mse_loss(images, to_float(data.test_images)).item(),
               "attributes kept": kept["accuracy"],
               "KL, nats": kl_divergence(mean, log_variance).mean().item()}

@@ -93,36 +93,17 @@ def features(net: Callable, batches: Iterable[torch.Tensor]) -> Iterator[torch.T
         yield net(images.float() / 255)
 
 
-class FeatureStats:
-    """Count, mean [D] and covariance [D, D] of a stream of features, in float64, without keeping them.
+def feature_stats(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [D] and unbiased covariance [D, D], in float64 on the CPU, of batches of features [n, D].
 
-    Batches are merged as in Chan, Golub and LeVeque (1983), eq. 2.1, which loses no digits to large means.
+    Raises UserError if there are fewer than two, or if one is not finite.
     """
-
-    def __init__(self, batches: Iterable[torch.Tensor] = ()):
-        self.count, self.mean, self._scatter = 0, 0.0, 0.0
-        for x in batches:
-            self.update(x)
-
-    def update(self, x: torch.Tensor) -> None:
-        """Add features [N, D]. Raises UserError if they are not finite."""
-        x = (x.cpu() if x.device.type == "mps" else x).detach().double()  # Apple's GPUs lack float64
-        if not x.isfinite().all():
-            raise UserError(f"NaN or infinite features after {self.count} good images: has the generator "
-                            "diverged, or were no weights loaded?")
-        total = self.count + len(x)
-        delta = x.mean(0) - self.mean
-        x = x - x.mean(0)
-        self._scatter += x.T @ x + torch.outer(delta, delta) * (self.count * len(x) / total)
-        self.mean = self.mean + delta * len(x) / total
-        self.count = total
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """Unbiased (N - 1). Raises UserError for fewer than two samples."""
-        if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 images, there are {self.count}: give more")
-        return self._scatter / (self.count - 1)
+    x = torch.cat([part.detach().cpu() for part in batches]).double()
+    if len(x) < 2:
+        raise UserError(f"a covariance needs at least 2 images, there are {len(x)}: give more")
+    if not x.isfinite().all():
+        raise UserError("NaN or infinite features: has the generator diverged, or were no weights loaded?")
+    return x.mean(0), torch.cov(x.T).view(x.shape[1], -1)  # of one feature, too
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:

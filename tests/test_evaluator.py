@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 
 import evaluator
 from common.datasets import Data, load_faces, load_iclevr, to_float
-from common.fid import FeatureStats
+from common.fid import feature_stats, frechet_distance
 from common.files import UserError
 from harness.cli import NotFinite
 from synthetic import scenes
@@ -417,7 +417,7 @@ def test_scores_of_real_images_tell_what_others_are_worth(digits):
         rows, g = scorer.scale(), torch.Generator().manual_seed(5)
         stats = [scorer.judge.stats(data.images[torch.randint(len(data.images), (50,), generator=g)])
                  for _ in range(2)]
-        values = [evaluator.distance(scorer.test_stats, found) for found in stats]
+        values = [frechet_distance(*scorer.test_stats, *found) for found in stats]
         expected = np.mean(values), np.std(values, ddof=1)
         assert rows["training images"]["FD (judge)"] == pytest.approx(expected)
         if kind == "digits":
@@ -440,9 +440,9 @@ def test_fid_is_the_distance_of_inception_s_features(digits):
 
     def sample(n, g):
         return fakes[torch.randint(300, (n,), generator=g)], None
-    real = FeatureStats([net(digits.test_images / 255)])
-    values = [evaluator.distance(real, FeatureStats([net(sample(n, g)[0] / 2 + 0.5) for n in (100, 100, 50)]))
-              for _ in range(2)]
+    real = feature_stats([net(digits.test_images / 255)])
+    fake = [feature_stats([net(sample(n, g)[0] / 2 + 0.5) for n in (100, 100, 50)]) for _ in range(2)]
+    values = [frechet_distance(*real, *stats) for stats in fake]
     found = evaluator.score_fid(sample, net, digits.test_images, 250, 2, 0)
     assert found == {"FID": pytest.approx((np.mean(values), np.std(values, ddof=1)), rel=1e-4)}
 

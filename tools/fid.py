@@ -20,7 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.datasets import FORMATS  # noqa: E402
-from common.fid import FeatureStats, features, frechet_distance, load_inception  # noqa: E402
+from common.fid import feature_stats, features, frechet_distance, load_inception  # noqa: E402
 from common.files import UserError, atomic_write, reading  # noqa: E402
 from harness.cli import Parser, exit_status  # noqa: E402
 from harness.device import pick_device  # noqa: E402
@@ -166,15 +166,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     parser.add_argument("--batch-size", type=int, default=50, help="images per batch (default: 50)")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of folder A to B")
-    parser.add_argument("--kid", action="store_true", help="also measure KID (keeps the features in memory)")
+    parser.add_argument("--kid", action="store_true", help="also measure KID")
     parser.add_argument("--pr", action="store_true", help="also measure precision and recall (B is real)")
     args = parser.parse_args(argv)
 
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
-    keep, target = args.kid or args.pr, Path(args.b)
+    target = Path(args.b)
     paths = [Path(args.a)] if args.save_stats else [Path(args.a), target]
-    if keep and (args.save_stats or any(p.suffix == ".npz" for p in paths)):
+    if (args.kid or args.pr) and (args.save_stats or any(p.suffix == ".npz" for p in paths)):
         raise UserError("--kid and --pr need two folders of images: statistics don't hold the features")
     if args.save_stats and (paths[0].suffix == ".npz" or target.suffix != ".npz"):
         raise UserError("--save-stats takes a folder of images and the .npz to write, in this order")
@@ -187,16 +187,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"statistics of {dims[0]} and {dims[1]} dimensions can't be compared: make both with "
                         "the same network (FID's has 2048)")
 
-    device, kept = pick_device(args.device), [[], []]
+    device, vectors = pick_device(args.device), {}
     ready = all(isinstance(side, Statistics) for side in sides)
     net = None if ready else load_inception(args.fid_weights, device)
     for i, side in enumerate(sides):
         if not isinstance(side, Statistics):
-            stats = FeatureStats()
-            for batch in features(net, read_images(side, args.batch_size, device)):
-                stats.update(batch)
-                kept[i] += [batch] if keep else []
-            sides[i] = Statistics(stats.mean.cpu().numpy(), stats.covariance.cpu().numpy(), stats.count)
+            vectors[i] = torch.cat(list(features(net, read_images(side, args.batch_size, device))))
+            sides[i] = Statistics(*(x.numpy() for x in feature_stats([vectors[i]])), len(vectors[i]))
     if args.save_stats:
         sides[0].save(target)
         print(f"wrote {target} (N = {sides[0].count})")
@@ -205,10 +202,10 @@ def main(argv: list[str] | None = None) -> None:
     n, m = ("unknown" if side.count is None else side.count for side in sides)
     print(f"FID: {distance:.6f} (N = {n} and {m})")
     if args.kid:
-        mean, std = kid(torch.cat(kept[0]), torch.cat(kept[1]))
+        mean, std = kid(vectors[0], vectors[1])
         print(f"KID: {mean:.6f} ± {std:.6f} (100 subsets of {min(1000, n, m)})")
     if args.pr:
-        precision, recall = precision_recall(torch.cat(kept[1]), torch.cat(kept[0]))
+        precision, recall = precision_recall(vectors[1], vectors[0])
         print(f"precision: {precision:.4f}, recall: {recall:.4f} (k = 3, B is real)")
 
 
