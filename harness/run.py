@@ -186,7 +186,8 @@ class Run:
                 try:
                     if pictures := sorted((self.folder / "samples").glob(SAMPLES)):
                         save_gif(self.folder / "progress.gif", pictures)
-                    save_curves(self.rows, self.folder / "curves.png", self.title)
+                    if self.rows:  # none where the run was stopped before the first
+                        save_curves(self.rows, self.folder / "curves.png", self.title)
                 except Exception as error:  # whatever is wrong with a picture or with matplotlib ends no run
                     print(f"no progress.gif or no curves.png: {type(error).__name__}: {str(error)[:80]!r}")
         if self.signal:

@@ -434,13 +434,14 @@ def test_the_first_signal_saves_and_the_second_ends_at_once(tmp_path, number):
     assert checkpoint(r.folder)["step"] == 3
 
 
-def test_commands_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
+def test_commands_can_be_pasted_into_a_shell(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["my code/test_run.py", "--out", "a'b", "--iters=9"])
-    r = new_run(tmp_path, out="a'b")
+    r = new_run(tmp_path, out="a'b", log_every=100)
     with pytest.raises(Stopped) as stopped:
         for _ in r.steps():
             signal.raise_signal(signal.SIGINT)
     assert stopped.value.args[0].endswith("to continue: python 'my code/test_run.py' --resume 'a'\"'\"'b'")
+    assert "curves.png" not in capsys.readouterr().out  # stopped before the first row, which is no accident
     sitting, = json.loads((r.folder / "config.json").read_text())["sittings"]
     assert split(sitting["command"]) == ["python", *sys.argv] and sitting["command"].startswith("python 'my")
     assert sitting["processes"] == 1
