@@ -52,7 +52,7 @@ class Config(Settings):
     g_cond: Literal["joint", "objects"] = "joint"  # G gets all labels beside z, or each object alone
     d_cond: Literal["plane", "projection"] = "plane"  # labels enter D as a label map, or by projection
     d_norm: Literal["batch", "none"] = "batch"  # D's norm
-    loss: Literal["bce", "rpgan", "rpgan-cls"] = "bce"  # minimax; pairing; -cls: D also refuses wrong labels
+    loss: Literal["bce", "rpgan"] = "bce"  # minimax with G's non-saturating loss, or relativistic pairing
     gamma: float = 0.0  # γ of R1 and R2, penalties on D's gradients at real and generated images
     aux_weight: float = 0.0  # weight of an auxiliary classifier's cross-entropy, in both losses
     smooth_labels: bool = False  # D's targets: U(0.8, 1.2) for real images, U(0, 0.2) for generated ones
@@ -191,10 +191,6 @@ def d_step(D: nn.Module, opt: Optimizer, real: Tensor, fake: Tensor, y: Tensor, 
         target_real, target_fake = targets(cfg, len(real), real.device)
         loss = (F.binary_cross_entropy_with_logits(score_real, target_real)
                 + F.binary_cross_entropy_with_logits(score_fake, target_fake))
-    if cfg.loss == "rpgan-cls":  # real images, with another image's labels (Reed et al. 2016, Algorithm 1)
-        with autocast(real, cfg.precision):
-            score_wrong = D(real, y.roll(1, 0)).float()
-        loss = loss + losses.rpgan(score_real, score_wrong)
     loss = loss + cfg.gamma * gp + cfg.aux_weight * (aux + nothing)
     opt.zero_grad()
     loss.backward()
