@@ -140,11 +140,8 @@ PANELS = {"accuracy": ("accuracy", "tv"), "Fréchet distance": ("fd", "fid"),
 
 
 def save_curves(rows: list[dict], path: Path, title: str) -> None:
-    """Plot the columns of metrics.csv over the step; nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
+    """Plot the columns of metrics.csv over the step. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
     panels = {panel: [] for panel in PANELS}
     for name in dict.fromkeys(name for row in rows for name in row if name not in ("step", "seconds")):
         panels[next(panel for panel, begins in PANELS.items() if name.startswith(begins))].append(name)

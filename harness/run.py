@@ -189,7 +189,7 @@ class Run:
                     if self.rows:  # none where the run was stopped before the first
                         save_curves(self.rows, self.folder / "curves.png", self.title)
                 except Exception as error:  # whatever is wrong with a picture or with matplotlib ends no run
-                    print(f"no progress.gif or no curves.png: {type(error).__name__}: {str(error)[:80]!r}")
+                    print(f"no curves.png or progress.gif: {type(error).__name__}: {str(error)[:80]!r}")
         if self.signal:
             command = join(["python", sys.argv[0], "--resume", str(self.folder)])
             raise Stopped(f"stopped at step {self.step}; to continue: {command}", self.signal)

@@ -434,6 +434,13 @@ def test_the_first_signal_saves_and_the_second_ends_at_once(tmp_path, number):
     assert checkpoint(r.folder)["step"] == 3
 
 
+def test_a_run_without_matplotlib_says_in_one_line_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    r = train(new_run(tmp_path))
+    line, = [line for line in capsys.readouterr().out.splitlines() if "matplotlib.figure" in line]
+    assert "no curves.png" in line and (r.folder / "progress.gif").exists()
+
+
 def test_commands_can_be_pasted_into_a_shell(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["my code/test_run.py", "--out", "a'b", "--iters=9"])
     r = new_run(tmp_path, out="a'b", log_every=100)
