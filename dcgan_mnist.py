@@ -54,8 +54,8 @@ class Config(Settings):
 
 RECIPES = {
     "paper": {},
-    "r3gan": dict(loss="rpgan", d_norm="none", gamma=0.25, lr_g=1e-3, lr_d=1e-3, lr_decay_from=0.5, beta1=0.0,
-                  beta2=0.99, ema=0.995),
+    "r3gan": dict(loss="rpgan", d_norm="none", gamma=0.25, lr_g=1e-3, lr_d=1e-3, beta1=0.0, beta2=0.99,
+                  ema=0.995),
 }
 QUICK = dict(recipe="r3gan", iters=8000, batch_size=64, hidden_dim=32, eval_images=2000,
              log_every=100, sample_every=250, eval_every=2000, save_every=1000)
