@@ -33,7 +33,7 @@ CAPTIONS = "black white gray red blue green brown purple cyan yellow".split()  #
 DIGITS = ("dcgan_mnist.py", "infogan_mnist.py")  # last.pt is what their summary and pictures show
 # README's table: script, method, record, flags for such a run today, record of the paper's recipe, report
 SCRIPTS = (
-    ("dcgan_mnist.py", "DCGAN, Radford et al. 2016", "dcgan_quick", "--quick", "dcgan_long", "FID below 60"),
+    ("dcgan_mnist.py", "DCGAN, Radford et al. 2016", "dcgan_quick", "--quick", "dcgan_paper", "FID below 60"),
     ("infogan_mnist.py", "InfoGAN, Chen et al. 2016", "infogan_quick", "--quick", "infogan_paper",
      "pictures; InfoGAN's paper: 0.95"),
     ("acgan_celeba.py", "ACGAN, Odena et al. 2017", "acgan_real", "--recipe r3gan --ch 16 --image-size 64 "
@@ -170,7 +170,8 @@ def scores_of(summary: dict[str, list], most: int | None = None) -> str:
 
 def time_of(run: dict) -> str:
     hardware = run["sittings"][0]["hardware"]
-    return f"{run['iterations']:,} iterations in {run['seconds'] / 60:.0f} min, {hardware}"
+    return (f"{run['iterations']:,} iterations in {run['seconds'] / 60:.0f} min, {hardware}, "
+            f"{run['config']['precision']}")
 
 
 def heading(name: str, kept: dict) -> str:
