@@ -119,20 +119,19 @@ class Judge:
         return torch.cat(parts), torch.cat(found)
 
     @torch.no_grad()
-    def read(self, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Stats]:
-        """Probabilities [N, n_classes], on the CPU; the features' statistics. NotFinite for NaN images."""
+    def read(self, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities [N, n_classes] and features [N, D], on the CPU. Raises NotFinite for NaN images."""
         found = []
         for images in batches:
             images = images.to(next(self.net.parameters()).device)
             if not images.isfinite().all():
                 raise NotFinite("the generated images are not finite numbers")
             found.append(self.with_features(images))
-        probabilities, vectors = zip(*found, strict=True)
-        return torch.cat(probabilities).cpu(), feature_stats(vectors)
+        return tuple(torch.cat(parts).cpu() for parts in zip(*found, strict=True))
 
     def stats(self, images: torch.Tensor) -> Stats:
         """Statistics of the features of real images, uint8 [N, C, S, S]."""
-        return self.read(to_float(part) for part in images.split(500))[1]
+        return feature_stats([self.read(to_float(part) for part in images.split(500))[1]])
 
 
 def get_judge(cfg, data: Data, device: torch.device) -> Judge | None:
@@ -350,9 +349,9 @@ def score(sample: Sampler, judge: Judge, n: int, draws: int, seed: int, groups: 
                 x, y = sample(len(part), g) if labels is None else sample(len(part), g, labels[part])
                 requested.append(y)
                 yield x
-        probabilities, stats = judge.read(images())
+        probabilities, vectors = judge.read(images())
         y = None if requested[0] is None else torch.cat(requested).cpu()
-        found = {"FD (judge)": frechet_distance(*real, *stats)} if real else {}
+        found = {"FD (judge)": frechet_distance(*real, *feature_stats([vectors]))} if real else {}
         return found | judge.kind.measure(probabilities, y, groups)
     return over_draws(once, draws, seed)
 

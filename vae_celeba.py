@@ -23,7 +23,7 @@ from torch.optim import Adam, Optimizer
 import evaluator
 from common.blocks import autocast, init_dcgan
 from common.datasets import Batches, Data, load_faces, to_float
-from common.fid import frechet_distance
+from common.fid import feature_stats, frechet_distance
 from harness import dist
 from harness.cli import Settings
 from harness.pictures import save_grid
@@ -168,9 +168,9 @@ def score_reconstructions(vae: VAE, data: Data, scorer: evaluator.Scorer) -> dic
     """Scores of the held-out faces' reconstructions and of attributes added to them, (mean, 0) each."""
     mean, log_variance = encode_all(vae, data.test_images)
     images, added = decode_all(vae, mean), add_attributes(vae, data, scorer.judge)
-    probabilities, stats = scorer.judge.read(images.split(250))
+    probabilities, vectors = scorer.judge.read(images.split(250))
     kept = evaluator.count_attributes(probabilities, data.test_labels, data.groups)
-    values = {"FD of reconstructions": frechet_distance(*scorer.test_stats, *stats),
+    values = {"FD of reconstructions": frechet_distance(*scorer.test_stats, *feature_stats([vectors])),
               "MSE": F.mse_loss(images, to_float(data.test_images)).item(),
               "attributes kept": kept["accuracy"],
               "KL, nats": kl_divergence(mean, log_variance).mean().item()}
