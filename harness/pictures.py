@@ -135,7 +135,7 @@ def save_gif(path: Path, pictures: list[Path]) -> None:
 
 
 # the panels of curves.png: title, and how the names of their columns begin
-PANELS = {"accuracy": ("accuracy", "tv"), "Fréchet distance": ("fd", "fid"),
+PANELS = {"accuracy or TV": ("accuracy", "tv"), "Fréchet distance": ("fd", "fid"),
           "D's output": ("d_real", "d_fake"), "losses": ("",)}
 
 
