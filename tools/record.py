@@ -3,11 +3,12 @@
     python tools/record.py runs/NAME KEPT_AS [--note TEXT]   # keep it as results/records/KEPT_AS.json
     python tools/record.py                                   # only build the tables
 
-The sample grid is kept as results/figures/KEPT_AS.png; --grids names more of the run's pictures to keep. A
+The sample grid is kept as results/figures/KEPT_AS.webp; --grids names more of the run's pictures to keep. A
 folder of tools/sweep.py or tools/ablations.py is kept as one record, with one picture: a strip of each run.
 With --generator only the generator is kept, in pretrained/generators/KEPT_AS, for --sample and --eval.
 """
 import csv
+import io
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,7 +30,6 @@ from tools.sweep import seconds_per_iteration  # noqa: E402
 
 RESULTS = ROOT / "results"
 END = "<!-- end -->"
-CAPTIONS = "black white gray red blue green brown purple cyan yellow".split()  # colours in captions
 DIGITS = ("dcgan_mnist.py", "infogan_mnist.py")  # last.pt is what their summary and pictures show
 # README's table: script, method, record, flags for such a run today, record of the paper's recipe, report
 SCRIPTS = (
@@ -72,23 +72,13 @@ def figures(folder: Path) -> dict:
 
 
 def keep(image: Image.Image, path: Path) -> None:
-    """Save a PNG of 256 colours, or fewer if it exceeds 300 KB, since every clone downloads it.
-
-    A picture without colour gets 16 greys. Otherwise the palette has the captions' colours, and k-means finds
-    those of small objects among the floor's greys.
-    """
-    image, palette = image.convert("RGB"), Image.new("P", (1, 1))
-    grey = image.convert("L")
-    if ImageChops.difference(image, grey.convert("RGB")).getbbox() is None:  # digits
-        grey.quantize(16).save(path, optimize=True)
-        return
-    exact = [value for name in CAPTIONS for value in ImageColor.getrgb(name)]
-    for colours in (256, 128, 64):
-        found = image.quantize(colours - len(CAPTIONS), kmeans=3).getpalette()
-        palette.putpalette(exact + found[:3 * (colours - len(CAPTIONS))])
-        image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
-        if path.stat().st_size <= 300_000:
-            break
+    """Save a WebP file, lossless where that is smaller (digits, curves), since every clone downloads it."""
+    found = []
+    for options in (dict(lossless=True, quality=100), dict(quality=80, use_sharp_yuv=True)):
+        file = io.BytesIO()
+        image.convert("RGB").save(file, "WEBP", method=6, **options)
+        found.append(file.getvalue())
+    path.write_bytes(min(found, key=len))
 
 
 def grid_of(folder: Path) -> Image.Image:
@@ -97,7 +87,7 @@ def grid_of(folder: Path) -> Image.Image:
 
 
 def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
-    """Write a run, a sweep or ablations as records/NAME.json, and the pictures as figures/NAME*.png."""
+    """Write a run, a sweep or ablations as records/NAME.json, and the pictures as figures/NAME*.webp."""
     if (folder / "ablations.json").is_file():
         kept, picture = json.loads((folder / "ablations.json").read_text(encoding="utf-8")), grid_of(folder)
     elif (folder / "sweep.csv").is_file():
@@ -111,9 +101,9 @@ def record(folder: Path, name: str, note: str, grids: list[str]) -> None:
     else:
         kept, picture = figures(folder), grid_of(folder)
     write_json(RESULTS / "records" / f"{name}.json", {"note": note, "grids": grids} | kept)
-    keep(picture, RESULTS / "figures" / f"{name}.png")
+    keep(picture, RESULTS / "figures" / f"{name}.webp")
     for grid in grids:
-        keep(Image.open(folder / f"{grid}.png"), RESULTS / "figures" / f"{name}_{grid}.png")
+        keep(Image.open(folder / f"{grid}.png"), RESULTS / "figures" / f"{name}_{grid}.webp")
 
 
 def keep_generator(folder: Path, target: Path) -> None:
@@ -178,8 +168,8 @@ def heading(name: str, kept: dict) -> str:
     """A record's command and commit, remarks, and links to it and to those of its pictures that exist."""
     run = next(iter(kept.get("runs", {"": kept}).values()))
     command = f"`python {short(run['command'])}` at {run.get('sittings', [run])[0]['commit']}"
-    files = {"record": f"records/{name}.json", "picture": f"figures/{name}.png",
-             **{grid: f"figures/{name}_{grid}.png" for grid in kept.get("grids", [])}}
+    files = {"record": f"records/{name}.json", "picture": f"figures/{name}.webp",
+             **{grid: f"figures/{name}_{grid}.webp" for grid in kept.get("grids", [])}}
     links = ", ".join(f"[{text}]({file})" for text, file in files.items() if (RESULTS / file).is_file())
     return "; ".join(filter(None, [command, *map(kept.get, ("what", "hardware", "note"))])) + f" ({links})"
 
