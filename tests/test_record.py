@@ -81,8 +81,9 @@ def test_a_run_is_kept_with_all_that_its_scores_depend_on(tiny_run, results):
     row = record.run_table({heading: kept}).splitlines()[-1]
     mean, std = kept["scores"]["best"]["accuracy test"]
     for part in (f"at {kept['sittings'][0]['commit']}; a remark", "(records/tiny.json)",
-                 "(figures/tiny.webp)", "[new_test](figures/tiny_new_test.webp)", " | synthetic scenes | paper | ",
-                 "held-out accuracy", f"accuracy test {record.number(mean, std)}, ", "(2 samples of z)",
+                 "(figures/tiny.webp)", "[new_test](figures/tiny_new_test.webp)",
+                 " | synthetic scenes | paper | ", "held-out accuracy", "(2 samples of z)",
+                 f"accuracy test {record.number(mean, std)}, ",
                  f"| {kept['scores']['best']['step']} | 9 iterations in 0 min, "):
         assert part in row
     (results / "figures" / "tiny.webp").unlink()
