@@ -27,7 +27,7 @@ from common.files import UserError, atomic_write, reading, write_json
 from harness.cli import NotFinite
 from harness.pictures import names_of, save_images
 from harness.run import Run
-from synthetic.measures import count_digits
+from synthetic.measures import count_attributes, count_digits, count_objects
 
 JUDGES = Path("data") / "judges"  # trained here
 BUNDLED = Path(__file__).parent / "pretrained" / "judges"  # tools/train_judge.py makes these
@@ -96,6 +96,18 @@ class Kind:
     measure: Callable  # (probabilities, labels, groups) → scores; labels may be None
     at_once: int  # images generated and scored at once
     columns: list[str]  # of the table of scores
+
+
+KINDS = {
+    "scenes": Kind((ResNet18, VGG), 64, 32, F.binary_cross_entropy_with_logits,
+                   lambda ids, data: multi_hot(ids, len(data.classes)), count_objects, 500,
+                   ["accuracy test", "accuracy new_test"]),
+    "digits": Kind((DigitNet,), 32, 64, F.cross_entropy, lambda labels, _: labels,
+                   count_digits, 500, ["FD (judge)", "TV", "FID"]),
+    "faces": Kind((ResNet18, VGG), 64, 32, F.binary_cross_entropy_with_logits,
+                  lambda labels, _: labels, count_attributes, 250,
+                  ["FD (judge)", "accuracy", "exact", "FID"]),
+}
 
 
 @dataclass
@@ -269,59 +281,6 @@ def validation_sets(data: Data, n: int = 96) -> torch.Tensor:
     count = (sets < len(data.classes)).sum(1)
     chosen = [sets[count == k] for k in (1, 2, 3)]
     return torch.cat([s[torch.randperm(len(s), generator=g)[:n // 3]] for s in chosen])
-
-
-# ---------------------------------------------------------------------- measures of what a judge reads
-def count_objects(probabilities: torch.Tensor, labels: torch.Tensor, _groups: tuple = ()) -> dict[str, float]:
-    """Accuracy as the i-CLEVR course defines it, and stricter views of it.
-    probabilities [N, C]; labels [N, 3], ids padded with C. accuracy = requested objects found in the judge's
-    top k, over all requested (k: number of objects requested in that image); "exact": share of images with
-    all objects found; "accuracy_1" … "accuracy_3": by number of objects.
-    """
-    k = (labels < probabilities.shape[1]).sum(1)
-    top = probabilities.topk(min(labels.shape[1], probabilities.shape[1])).indices
-    in_top_k = torch.arange(top.shape[1]) < k[:, None]
-    found = ((labels[:, :, None] == top[:, None, :]) & in_top_k[:, None, :]).any(2).sum(1)
-    result = {"accuracy": (found.sum() / k.sum()).item(), "exact": (found == k).float().mean().item()}
-    for number in range(1, labels.shape[1] + 1):
-        if (k == number).any():
-            result[f"accuracy_{number}"] = (found[k == number].sum() / k[k == number].sum()).item()
-    return result
-
-
-def decide(probabilities: torch.Tensor, groups: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    """Probabilities [N, A] → attributes [N, A] of 0 and 1: the likeliest of each group; without groups, each
-    attribute from 0.5 on.
-    """
-    if not groups:
-        return (probabilities >= 0.5).long()
-    likeliest = [F.one_hot(probabilities[:, list(columns)].argmax(1), len(columns)) for columns in groups]
-    return torch.cat(likeliest, 1)
-
-
-def count_attributes(probabilities: torch.Tensor, labels: torch.Tensor | None,
-                     groups: tuple[tuple[int, ...], ...]) -> dict:
-    """Agreement with labels [N, A]: "accuracy" (mean over the groups or, without, the attributes), "exact"
-    (share of images with all right), "by attribute" (accuracy of each attribute or group). {} without labels.
-    """
-    if labels is None:
-        return {}
-    agree = decide(probabilities, groups) == labels
-    right = (torch.stack([agree[:, list(c)].all(1) for c in groups], 1) if groups else agree).double()
-    exact = right.prod(1).mean().item()
-    return {"accuracy": right.mean().item(), "exact": exact, "by attribute": right.mean(0)}
-
-
-KINDS = {
-    "scenes": Kind((ResNet18, VGG), 64, 32, F.binary_cross_entropy_with_logits,
-                   lambda ids, data: multi_hot(ids, len(data.classes)), count_objects, 500,
-                   ["accuracy test", "accuracy new_test"]),
-    "digits": Kind((DigitNet,), 32, 64, F.cross_entropy, lambda labels, _: labels,
-                   count_digits, 500, ["FD (judge)", "TV", "FID"]),
-    "faces": Kind((ResNet18, VGG), 64, 32, F.binary_cross_entropy_with_logits,
-                  lambda labels, _: labels, count_attributes, 250,
-                  ["FD (judge)", "accuracy", "exact", "FID"]),
-}
 
 
 # ---------------------------------------------------------------------- scores of generated images

@@ -28,6 +28,7 @@ from harness import dist
 from harness.cli import Settings
 from harness.pictures import save_grid
 from harness.run import Run, launch
+from synthetic.measures import count_attributes, decide
 
 
 @dataclass
@@ -160,7 +161,7 @@ def add_attributes(vae: VAE, data: Data, judge: evaluator.Judge) -> dict[str, tu
             found = [judge(decode_all(vae, part).to(next(vae.parameters()).device)).cpu()
                      for part in (z, z + direction)]
             shares[data.classes[attribute]] = tuple(
-                evaluator.decide(p, data.groups)[:, attribute].double().mean().item() for p in found)
+                decide(p, data.groups)[:, attribute].double().mean().item() for p in found)
     return shares
 
 
@@ -169,7 +170,7 @@ def score_reconstructions(vae: VAE, data: Data, scorer: evaluator.Scorer) -> dic
     mean, log_variance = encode_all(vae, data.test_images)
     images, added = decode_all(vae, mean), add_attributes(vae, data, scorer.judge)
     probabilities, vectors = scorer.judge.read(images.split(250))
-    kept = evaluator.count_attributes(probabilities, data.test_labels, data.groups)
+    kept = count_attributes(probabilities, data.test_labels, data.groups)
     values = {"FD of reconstructions": frechet_distance(*scorer.test_stats, *feature_stats([vectors])),
               "MSE": F.mse_loss(images, to_float(data.test_images)).item(),
               "attributes kept": kept["accuracy"],

@@ -1,10 +1,61 @@
-"""Measures of digits: shares, slant, stroke width, and how InfoGAN's codes control them."""
+"""Measures of what images show: objects, attributes, digits, and what InfoGAN's codes control."""
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
+
+
+def count_objects(probabilities: torch.Tensor, labels: torch.Tensor, _groups: tuple = ()) -> dict[str, float]:
+    """Accuracy as the i-CLEVR course defines it, and stricter views of it.
+    probabilities [N, C]; labels [N, 3], ids padded with C. accuracy = requested objects found in the judge's
+    top k, over all requested (k: number of objects requested in that image); "exact": share of images with
+    all objects found; "accuracy_1" … "accuracy_3": by number of objects.
+    """
+    k = (labels < probabilities.shape[1]).sum(1)
+    top = probabilities.topk(min(labels.shape[1], probabilities.shape[1])).indices
+    in_top_k = torch.arange(top.shape[1]) < k[:, None]
+    found = ((labels[:, :, None] == top[:, None, :]) & in_top_k[:, None, :]).any(2).sum(1)
+    result = {"accuracy": (found.sum() / k.sum()).item(), "exact": (found == k).float().mean().item()}
+    for number in range(1, labels.shape[1] + 1):
+        if (k == number).any():
+            result[f"accuracy_{number}"] = (found[k == number].sum() / k[k == number].sum()).item()
+    return result
+
+
+def decide(probabilities: torch.Tensor, groups: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """Probabilities [N, A] → attributes [N, A] of 0 and 1: the likeliest of each group; without groups, each
+    attribute from 0.5 on.
+    """
+    if not groups:
+        return (probabilities >= 0.5).long()
+    likeliest = [F.one_hot(probabilities[:, list(columns)].argmax(1), len(columns)) for columns in groups]
+    return torch.cat(likeliest, 1)
+
+
+def count_attributes(probabilities: torch.Tensor, labels: torch.Tensor | None,
+                     groups: tuple[tuple[int, ...], ...]) -> dict:
+    """Agreement with labels [N, A]: "accuracy" (mean over the groups or, without, the attributes), "exact"
+    (share of images with all right), "by attribute" (accuracy of each attribute or group). {} without labels.
+    """
+    if labels is None:
+        return {}
+    agree = decide(probabilities, groups) == labels
+    right = (torch.stack([agree[:, list(c)].all(1) for c in groups], 1) if groups else agree).double()
+    exact = right.prod(1).mean().item()
+    return {"accuracy": right.mean().item(), "exact": exact, "by attribute": right.mean(0)}
+
+
+def count_digits(probabilities: torch.Tensor, labels: torch.Tensor | None = None, _groups=()) -> dict:
+    """How evenly the ten digits occur: "TV", the total-variation distance of their shares to uniform; "chi2",
+    Pearson's against uniform (9 degrees of freedom); "histogram", the shares [10]. With labels: "accuracy".
+    """
+    counts = probabilities.argmax(1).bincount(minlength=10).double()
+    n = counts.sum()
+    right = {} if labels is None else {"accuracy": (probabilities.argmax(1) == labels).float().mean().item()}
+    return right | {"chi2": ((counts - n / 10).square().sum() / (n / 10)).item(),
+                    "TV": ((counts / n - 0.1).abs().sum() / 2).item(), "histogram": counts / n}
 
 
 def slant_and_width(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,17 +75,6 @@ def slant_and_width(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     edge = ((padded[:, 1:, :-1] - padded[:, :-1, :-1]).square()
             + (padded[:, :-1, 1:] - padded[:, :-1, :-1]).square()).sqrt().sum((1, 2))
     return slant, 2 * mass / edge * 28 / ink.shape[-1]
-
-
-def count_digits(probabilities: torch.Tensor, labels: torch.Tensor | None = None, _groups=()) -> dict:
-    """How evenly the ten digits occur: "TV", the total-variation distance of their shares to uniform; "chi2",
-    Pearson's against uniform (9 degrees of freedom); "histogram", the shares [10]. With labels: "accuracy".
-    """
-    counts = probabilities.argmax(1).bincount(minlength=10).double()
-    n = counts.sum()
-    right = {} if labels is None else {"accuracy": (probabilities.argmax(1) == labels).float().mean().item()}
-    return right | {"chi2": ((counts - n / 10).square().sum() / (n / 10)).item(),
-                    "TV": ((counts / n - 0.1).abs().sum() / 2).item(), "histogram": counts / n}
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

