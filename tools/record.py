@@ -74,7 +74,7 @@ def figures(folder: Path) -> dict:
 def keep(image: Image.Image, path: Path) -> None:
     """Save a WebP file, lossless where that is smaller (digits, curves), since every clone downloads it."""
     found = []
-    for options in (dict(lossless=True, quality=100), dict(quality=80, use_sharp_yuv=True)):
+    for options in (dict(lossless=True, quality=100), dict(quality=75, use_sharp_yuv=True)):
         file = io.BytesIO()
         image.convert("RGB").save(file, "WEBP", method=6, **options)
         found.append(file.getvalue())
